@@ -1,0 +1,1 @@
+"""The generic decoder, published sizes, and checkpoints."""

@@ -1,0 +1,274 @@
+"""The one generic model: blocks of a token mixer and a channel mixer between two embeddings."""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from transnormer.config import Config
+from transnormer.models import inputs
+from transnormer.models.state import DecoderState
+from transnormer.nn.channel_mixers import ChannelMixerConfig
+from transnormer.nn.norms import NormConfig
+from transnormer.nn.token_mixers import TokenMixerConfig
+from transnormer.ops import linear_cross_entropy
+from transnormer.ops.cross_entropy import IGNORE_INDEX
+
+
+class BlockConfig(Config):
+    """One block: x = x + token_mixer(norm(x)); x = x + channel_mixer(norm(x)).
+
+    Attributes:
+        norm: of both residual branches.
+        token_mixer: tagged by its ``kind``.
+        channel_mixer: tagged by its ``kind``.
+    """
+
+    norm: NormConfig = NormConfig()
+    token_mixer: TokenMixerConfig
+    channel_mixer: ChannelMixerConfig
+
+
+class DecoderConfig(Config):
+    """A whole model.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        model_dim: width of the residual stream.
+        blocks: one configuration a block; a hybrid is a tuple of different ones.
+        final_norm: before the head.
+        embedding_scale: multiply embeddings by sqrt(model_dim).
+        tie_embeddings: the head is the embedding.
+        causal: False is the bidirectional model, which has no state.
+        init_std: of all projections and embeddings, N(0, init_std^2).
+        dropout: of the embedding and of both residual branches, in training.
+        max_positions: learned absolute positions up to this one (an ablation); 0 has none.
+        pad_token_id: its embedding row starts at 0.
+        bos_token_id, eos_token_id: what generation starts and ends with.
+    """
+
+    vocab_size: int = Field(ge=1)
+    model_dim: int = Field(ge=1)
+    blocks: tuple[BlockConfig, ...] = Field(min_length=1)
+    final_norm: NormConfig = NormConfig()
+    embedding_scale: bool = True
+    tie_embeddings: bool = True
+    causal: bool = True
+    init_std: float = Field(default=0.02, gt=0.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    max_positions: int = Field(default=0, ge=0)
+    pad_token_id: int | None = Field(default=None, ge=0)
+    bos_token_id: int | None = Field(default=None, ge=0)
+    eos_token_id: int | None = Field(default=None, ge=0)
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        logits: [batch, kept seq, vocab_size] in the model's dtype.
+        state: after the last token; None for a bidirectional model.
+    """
+
+    logits: Tensor
+    state: DecoderState | None
+
+
+class Block(nn.Module):
+    """Pre-norm block with two residual branches."""
+
+    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
+        super().__init__()
+        block, dim = config.blocks[layer_index], config.model_dim
+        self.token_norm = block.norm.build(dim)
+        self.token_mixer = block.token_mixer.build(
+            dim, layer_index, len(config.blocks), causal=config.causal
+        )
+        self.channel_norm = block.norm.build(dim)
+        self.channel_mixer = block.channel_mixer.build(dim)
+        self.dropout = config.dropout
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        y, state = self.token_mixer(
+            self.token_norm(x), positions=positions, cu_seqlens=cu_seqlens, mask=mask, state=state
+        )
+        x = x + self._drop(y)
+        return x + self._drop(self.channel_mixer(self.channel_norm(x))), state
+
+
+class Decoder(nn.Module):
+    """A language model over token ids; ``DecoderConfig`` says of what parts.
+
+    Training, prefill and decoding are one computation: ``model(a)`` and then ``model(b, state)``
+    equals ``model(cat(a, b))`` at every split.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
+        if config.max_positions:
+            self.position_embedding = nn.Embedding(config.max_positions, config.model_dim)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(len(config.blocks)))
+        self.final_norm = config.final_norm.build(config.model_dim)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise everything in place, buffers too: after ``to_empty`` this makes a new model.
+
+        Projections and embeddings N(0, init_std^2), biases 0, the pad row 0, as the released code.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.init_std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.config.pad_token_id is not None:
+            self.embedding.weight[self.config.pad_token_id].zero_()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix, [vocab_size, model_dim]."""
+        return self.embedding.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        state: DecoderState | None,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, DecoderState | None]:
+        """Normed hidden states, [batch, seq, model_dim], and the new state."""
+        config = self.config
+        inputs.check(input_ids, config.vocab_size, state, cu_seqlens, mask, config.causal)
+        if state is not None:
+            inputs.check_state(state, len(self.blocks), input_ids, cu_seqlens)
+        where = inputs.positions_of(input_ids, state, positions, cu_seqlens, mask)
+        x = self.embedding(input_ids)
+        if config.embedding_scale:
+            x = x * math.sqrt(config.model_dim)
+        if config.max_positions:
+            inputs.check_positions(where, config.max_positions)
+            x = x + self.position_embedding(where)
+        x = F.dropout(x, config.dropout, self.training)
+        layers = []
+        for i, block in enumerate(self.blocks):
+            x, layer = block(
+                x,
+                positions=where,
+                cu_seqlens=cu_seqlens,
+                mask=mask,
+                state=None if state is None else state.layers[i],
+            )
+            layers.append(layer)
+        x = self.final_norm(x)
+        if not config.causal:
+            return x, None
+        after = inputs.positions_after(where, state, cu_seqlens, mask)
+        return x, DecoderState(tuple(layers), after)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        state: DecoderState | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> DecoderOutput:
+        """Logits of every token, and the state after the last.
+
+        Args:
+            input_ids: int64 or int32 [batch, seq], seq >= 1.
+            state: continue from here; never modified.
+            positions: int64 [batch, seq] or [seq]; None continues from the state (with cu_seqlens
+                from each sequence's).
+            cu_seqlens: int32 or int64 [num_sequences + 1]: batch is 1 and holds packed sequences;
+                state rows are sequences.
+            mask: bool [batch, seq]; a False token (a pad) leaves no trace in any state; its own
+                logits mean nothing.
+            logits_to_keep: only the last n of each row (of each packed sequence, concatenated).
+
+        Raises:
+            ValueError: shapes, ids outside the vocabulary, a state of another model or batch.
+            TypeError: dtypes.
+            NotImplementedError: a state for a bidirectional model.
+        """
+        x, state = self._hidden(input_ids, state, positions, cu_seqlens, mask)
+        if logits_to_keep is not None:
+            x = inputs.keep_last(x, logits_to_keep, cu_seqlens)
+        return DecoderOutput(F.linear(x, self.head_weight), state)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        reduction: str = "mean",
+        state: DecoderState | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, float32 (float64 for a float64 model), without the full logits.
+
+        Args:
+            input_ids: [batch, seq].
+            labels: int64 [batch, seq]; position t predicts labels[t]; -100 is ignored.
+            reduction: "mean" over the labels that count (0 where there are none), or "sum".
+            state, positions, cu_seqlens, mask: as ``forward``'s.
+
+        Raises:
+            ValueError: as ``forward``; an unknown reduction, labels of another shape.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {list(labels.shape)}; expected input_ids' {list(input_ids.shape)}"
+            )
+        x, _ = self._hidden(input_ids, state, positions, cu_seqlens, mask)
+        losses = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
+        if reduction == "sum":
+            return losses.sum()
+        return losses.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Parameters, a tied head counted once; without embeddings and head if asked."""
+        skip = set() if embeddings else {"embedding", "position_embedding", "lm_head"}
+        return sum(p.numel() for n, p in self.named_parameters() if n.split(".")[0] not in skip)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and of up to 1024 evenly spaced values of each tensor.
+
+        Cheap for large models; any training step or another dtype changes it.
+        """
+        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        for name, x in self.state_dict().items():
+            flat = x.detach().reshape(-1)
+            sample = flat[:: max(flat.numel() // 1024, 1)].cpu().contiguous()
+            digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

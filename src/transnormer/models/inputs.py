@@ -1,0 +1,136 @@
+"""What a decoder's forward pass may be given: checks, positions, and which logits to keep."""
+
+import torch
+from torch import Tensor
+
+from transnormer.models.state import DecoderState
+from transnormer.ops import checks
+
+
+def check(
+    input_ids: Tensor,
+    vocab_size: int,
+    state: DecoderState | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> None:
+    """Check ids, packing and mask; values only where looking costs no synchronisation."""
+    checks.check_rank("input_ids", input_ids, "batch seq")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids is {input_ids.dtype}; expected int64 or int32")
+    batch, seq = input_ids.shape
+    if batch == 0 or seq == 0:
+        raise ValueError(f"input_ids has shape {[batch, seq]}; expected at least one token")
+    if checks.values_are_visible(input_ids):
+        low, high = (int(x) for x in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"input_ids holds {wrong}; expected 0 to {vocab_size - 1}, the vocabulary of the "
+                "model; check that the tokenizer belongs to it"
+            )
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, batch, seq, input_ids.device)
+        if mask is not None:
+            raise ValueError("mask and cu_seqlens are both given; expected one; leave pads out")
+    if mask is not None:
+        checks.check_shape("mask", mask, (batch, seq), "batch seq")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask is {mask.dtype}; expected torch.bool, True at real tokens")
+    if state is not None and not causal:
+        raise NotImplementedError("a bidirectional model (causal=False) has no state; pass None")
+
+
+def check_state(
+    state: DecoderState, num_layers: int, input_ids: Tensor, cu_seqlens: Tensor | None
+) -> None:
+    """Raise ValueError unless the state has this many layers and one row a sequence."""
+    rows = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if len(state.layers) != num_layers:
+        raise ValueError(
+            f"state has {len(state.layers)} layers; expected {num_layers}, those of this model"
+        )
+    if state.positions.shape[0] != rows:
+        raise ValueError(
+            f"state has {state.positions.shape[0]} rows; expected {rows}, one a sequence of "
+            "input_ids; use state.select(rows)"
+        )
+
+
+def check_positions(positions: Tensor, max_positions: int) -> None:
+    """Raise ValueError where learned positions end before the sequence does."""
+    if checks.values_are_visible(positions) and int(positions.max()) >= max_positions:
+        raise ValueError(
+            f"positions reach {int(positions.max())}; expected less than max_positions, which is "
+            f"{max_positions}; a model with learned positions cannot go further"
+        )
+
+
+def _sequence_of(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Index of the packed sequence that each token lies in, [seq]."""
+    token = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return torch.searchsorted(cu_seqlens[1:].to(torch.int64), token, right=True)
+
+
+def positions_of(
+    input_ids: Tensor,
+    state: DecoderState | None,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Positions of the tokens, int64 [batch, seq]; given ones win."""
+    batch, seq = input_ids.shape
+    if positions is not None:
+        if positions.dtype != torch.int64:
+            raise TypeError(f"positions is {positions.dtype}; expected torch.int64")
+        if positions.dim() == 1:
+            positions = positions.expand(batch, -1)
+        checks.check_shape("positions", positions, (batch, seq), "batch seq")
+        return positions
+    token = torch.arange(seq, device=input_ids.device)
+    if cu_seqlens is not None:
+        index = _sequence_of(input_ids, cu_seqlens)
+        start = token - cu_seqlens.to(torch.int64)[index]
+        return (start if state is None else start + state.positions[index])[None]
+    if mask is not None:
+        # A pad has the position of the token before it, so that real tokens count on.
+        token = (mask.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+    else:
+        token = token.expand(batch, -1)
+    return token if state is None else token + state.positions[:, None]
+
+
+def positions_after(
+    positions: Tensor,
+    state: DecoderState | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The position of the next token of each row (or packed sequence), int64 [rows]."""
+    if cu_seqlens is None and mask is None:
+        return positions[:, -1] + 1
+    if cu_seqlens is not None:
+        rows = cu_seqlens.shape[0] - 1
+        before = positions.new_zeros(rows) if state is None else state.positions
+        last = positions[0, (cu_seqlens[1:].to(torch.int64) - 1).clamp(min=0)] + 1
+        return torch.where(cu_seqlens[1:] > cu_seqlens[:-1], last, before)
+    assert mask is not None
+    before = positions.new_zeros(positions.shape[0]) if state is None else state.positions
+    seq = torch.arange(positions.shape[1], device=positions.device)
+    index = torch.where(mask, seq, -1).amax(1)
+    last = positions.gather(1, index.clamp(min=0)[:, None])[:, 0] + 1
+    return torch.where(index >= 0, last, before)
+
+
+def keep_last(x: Tensor, count: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The last ``count`` of each row, [batch, seq, dim]; of each packed sequence, concatenated."""
+    if count < 1:
+        raise ValueError(f"logits_to_keep is {count}; expected at least 1, or None for all")
+    if cu_seqlens is None:
+        return x[:, -count:]
+    ends = cu_seqlens.to(torch.int64)[1:]
+    token = torch.arange(x.shape[1], device=x.device)
+    sequence = torch.searchsorted(ends, token, right=True)
+    return x[:, token >= ends[sequence] - count]

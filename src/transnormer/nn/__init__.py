@@ -1,0 +1,1 @@
+"""Modules made of ops: norms, positions, token mixers and channel mixers."""

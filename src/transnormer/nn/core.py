@@ -1,0 +1,77 @@
+"""The parameter-free seam between a mixer's projections and the op.
+
+Everything that must exchange states between ranks replaces this module and nothing else.
+"""
+
+from torch import Tensor, nn
+
+from transnormer.ops import linear_attention, linear_attention_step
+
+
+class LinearAttentionCore(nn.Module):
+    """Linear attention with decay as a module: training, prefill and decode are the same call.
+
+    Args:
+        causal: False sums over both directions, the diagonal once; it has no state.
+    """
+
+    def __init__(self, *, causal: bool = True) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        *,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix along seq.
+
+        Args:
+            q: [batch, seq, heads, key_dim].
+            k: [batch, seq, kv_heads, key_dim].
+            v: [batch, seq, kv_heads, value_dim].
+            log_decay: any form of ``linear_attention``'s.
+            state: [batch or num_sequences, kv_heads, key_dim, value_dim] or None.
+            cu_seqlens: bounds of packed sequences.
+            mask: bool [batch, seq]; a False token neither adds to the state nor decays it.
+
+        Returns:
+            o, [batch, seq, heads, value_dim], and the new state (None where not causal).
+        """
+        if mask is not None:
+            k = k * mask[..., None, None]
+            if log_decay is not None:
+                log_decay = _masked_log_decay(log_decay, mask)
+        if not self.causal:
+            return self._bidirectional(q, k, v, log_decay, cu_seqlens), None
+        if state is not None and q.shape[1] == 1 and cu_seqlens is None:
+            return linear_attention_step(q, k, v, log_decay, state)
+        return linear_attention(q, k, v, log_decay, initial_state=state, cu_seqlens=cu_seqlens)
+
+    def _bidirectional(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        ahead, _ = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
+        back, _ = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, reverse=True)
+        groups = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+        return ahead + back - (q * k).sum(-1, keepdim=True) * v
+
+
+def _masked_log_decay(log_decay: Tensor, mask: Tensor) -> Tensor:
+    """log_decay with 0 at masked tokens; a constant one becomes [batch, seq, kv_heads]."""
+    if log_decay.dim() == 1:
+        log_decay = log_decay.expand(*mask.shape, -1)
+    shape = (*mask.shape, *[1] * (log_decay.dim() - 2))
+    return log_decay.masked_fill(~mask.view(shape), 0.0)

@@ -1,0 +1,184 @@
+"""Gated linear attention with constant decay: the token mixer of TransNormerLLM and its variants."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from transnormer.config import Config
+from transnormer.nn.activations import Activation, activation
+from transnormer.nn.core import LinearAttentionCore
+from transnormer.nn.norms import NormConfig
+from transnormer.nn.positions import Lrpe
+from transnormer.nn.precision import KeepPrecision
+from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.decay import DecayRule, tnl_log_decay
+
+
+class LightningConfig(Config):
+    """Lightning attention; the defaults are the released TransNormerLLM's layers after the first.
+
+    Attributes:
+        heads: attention heads; head_dim is hidden_dim / heads.
+        hidden_dim: width of q, k, v and the gate; None is model_dim.
+        lrpe: rotate q and k by LRPE (the released models: first layer only), doubling key_dim.
+        lrpe_init: frequencies over all heads ("global", released) or each head's own ("head").
+        decay: rule of the heads' decays, see ``ops.decay``; "none" is plain linear attention.
+        decay_temperature: scale the decay by depth (the paper's 1 - l/L).
+        qk_activation, v_activation: of q and k, and of v.
+        gate: "full" (model_dim x hidden_dim), "low_rank" (through gate_rank) or "none".
+        gate_rank: inner width of a low-rank gate; None is head_dim.
+        gate_activation: of the gate.
+        gate_position: multiply after the norm (released) or before it.
+        norm: of the merged heads.
+        bias: of all projections.
+    """
+
+    kind: Literal["lightning"] = "lightning"
+    heads: int = Field(ge=1)
+    hidden_dim: int | None = Field(default=None, ge=1)
+    lrpe: bool = False
+    lrpe_init: Literal["global", "head"] = "global"
+    decay: DecayRule = "tnl"
+    decay_temperature: bool = True
+    qk_activation: Activation = "silu"
+    v_activation: Activation = "none"
+    gate: Literal["full", "low_rank", "none"] = "full"
+    gate_rank: int | None = Field(default=None, ge=1)
+    gate_activation: Activation = "none"
+    gate_position: Literal["after_norm", "before_norm"] = "after_norm"
+    norm: NormConfig = NormConfig()
+    bias: bool = False
+
+    def build(
+        self, model_dim: int, layer_index: int, num_layers: int, *, causal: bool
+    ) -> "Lightning":
+        return Lightning(self, model_dim, layer_index, num_layers, causal=causal)
+
+
+class ConstantLogDecay(KeepPrecision):
+    """The log decays of one layer's heads, [heads], kept in float64 and never trained."""
+
+    lowest: ClassVar[torch.dtype] = torch.float64
+    log_decay: Tensor
+
+    def __init__(self, config: LightningConfig, layer_index: int, num_layers: int) -> None:
+        super().__init__()
+        self._config, self._layer_index, self._num_layers = config, layer_index, num_layers
+        self.register_buffer("log_decay", self._values(), persistent=False)
+
+    def _values(self) -> Tensor:
+        config = self._config
+        return tnl_log_decay(
+            config.heads,
+            self._layer_index,
+            self._num_layers,
+            rule=config.decay,
+            temperature=config.decay_temperature,
+            dtype=torch.float64,
+        )
+
+    def reset_parameters(self) -> None:
+        device = self.log_decay.device
+        with torch.device("cpu"):
+            self.log_decay = self._values().to(device)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The log decays in the accumulation dtype of activations of ``dtype``."""
+        return self.log_decay.to(accumulation_dtype(dtype))
+
+
+class Lightning(nn.Module):
+    """One layer's gated linear attention (GLA).
+
+    q, k, v, u = x W_qkvu;  q, k = lrpe(silu(q)), lrpe(silu(k));  S_t = exp(g) S_{t-1} + k_t v_t^T;
+    y = (norm(merge(q_t S_t)) * u) W_o (Qin et al. 2023, arXiv:2307.14995, section 3.1; the released
+    code decides where it differs). The state is [batch, heads, key_dim, value_dim] in float32
+    (float64 for a float64 model); key_dim is doubled by LRPE.
+    """
+
+    def __init__(
+        self,
+        config: LightningConfig,
+        model_dim: int,
+        layer_index: int,
+        num_layers: int,
+        *,
+        causal: bool,
+    ) -> None:
+        super().__init__()
+        hidden_dim = config.hidden_dim or model_dim
+        if hidden_dim % config.heads:
+            raise ValueError(f"heads is {config.heads}; expected a divisor of {hidden_dim}")
+        self.config = config
+        self.head_dim = hidden_dim // config.heads
+        self.value_dim = self.head_dim
+        self.key_dim = self.head_dim * (2 if config.lrpe else 1)
+        parts = 4 if config.gate == "full" else 3
+        self.qkvu_proj = nn.Linear(model_dim, parts * hidden_dim, bias=config.bias)
+        if config.gate == "low_rank":
+            rank = config.gate_rank or self.head_dim
+            self.gate_down_proj = nn.Linear(model_dim, rank, bias=config.bias)
+            self.gate_up_proj = nn.Linear(rank, hidden_dim, bias=config.bias)
+        self.lrpe = (
+            Lrpe(config.heads, self.head_dim, init=config.lrpe_init) if config.lrpe else None
+        )
+        self.decay = ConstantLogDecay(config, layer_index, num_layers)
+        self.core = LinearAttentionCore(causal=causal)
+        self.norm = config.norm.build(hidden_dim)
+        self.out_proj = nn.Linear(hidden_dim, model_dim, bias=config.bias)
+
+    def _gate(self, x: Tensor, fused: Tensor | None) -> Tensor | None:
+        if self.config.gate == "none":
+            return None
+        gate = fused if fused is not None else self.gate_up_proj(self.gate_down_proj(x))
+        return activation(self.config.gate_activation)(gate)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        state: Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
+        shared: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix x along seq.
+
+        Args:
+            x: [batch, seq, model_dim].
+            positions: int64 [batch, seq].
+            cu_seqlens: bounds of packed sequences; batch is then 1.
+            mask: bool [batch, seq]; a False token leaves no trace in the state.
+            state: [batch or num_sequences, heads, key_dim, value_dim], or None at the start.
+            shape: extent of a multi-dimensional input; ignored, this mixer sees a sequence.
+            shared: parts that layers share; none here.
+
+        Returns:
+            y, [batch, seq, model_dim], and the state after the last token.
+        """
+        config = self.config
+        # The local head count is inferred, so that a slice of the heads runs unchanged.
+        parts = self.qkvu_proj(x).chunk(4 if config.gate == "full" else 3, -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])
+        act = activation(config.qk_activation)
+        q, k, v = act(q), act(k), activation(config.v_activation)(v)
+        if self.lrpe is not None:
+            q, k = self.lrpe((q, k), positions)
+        log_decay = None if config.decay == "none" else self.decay(q.dtype)
+        o, state = self.core(
+            q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask
+        )
+        o, gate = o.flatten(2), self._gate(x, parts[3] if len(parts) == 4 else None)
+        if gate is not None and config.gate_position == "before_norm":
+            o = self.norm(o * gate)
+        else:
+            o = self.norm(o) if gate is None else self.norm(o) * gate
+        return self.out_proj(o), state
+
+    def state_shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Shape of the state of that many sequences."""
+        return (rows, self.config.heads, self.key_dim, self.value_dim)

@@ -1,0 +1,7 @@
+"""Maths on tensors: the ops of the package, usable with torch alone."""
+
+from transnormer.ops import decay
+from transnormer.ops.cross_entropy import linear_cross_entropy
+from transnormer.ops.linear_attention import linear_attention, linear_attention_step
+
+__all__ = ["decay", "linear_attention", "linear_attention_step", "linear_cross_entropy"]

@@ -1,0 +1,177 @@
+"""Linear attention with decay: the contract, its checks and the choice of an implementation."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transnormer.ops import checks
+from transnormer.ops.dispatch import Implementation, choose
+from transnormer.ops.linear_attention.chunked import chunked_linear_attention
+from transnormer.ops.linear_attention.lightning1 import lightning1_linear_attention
+from transnormer.ops.linear_attention.reference import recurrence
+from transnormer.ops.linear_attention.step import linear_attention_step
+
+__all__ = ["linear_attention", "linear_attention_step"]
+
+
+class Request(NamedTuple):
+    """What an implementation may refuse on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    decay_dims: int  # 0 where log_decay is None, else its rank: 1 constant, 3 and 4 gated
+
+
+def _needs_constant_decay(request: Request) -> Exception | None:
+    if request.decay_dims <= 1:
+        return None
+    return NotImplementedError(
+        "implementation 'lightning1' (quadratic tiles) exists for constant decay only, log_decay "
+        "None or [kv_heads]; use 'chunked' or 'auto' for gated decay"
+    )
+
+
+def _no_triton(request: Request) -> Exception | None:
+    return RuntimeError(
+        f"implementation 'triton' is not part of this version (inputs are on {request.device}); "
+        "use 'auto' or 'chunked', which runs on every device"
+    )
+
+
+# The first automatic row that does not refuse runs.
+IMPLEMENTATIONS = (
+    Implementation("triton", _no_triton, chunked_linear_attention),
+    Implementation("chunked", lambda _: None, chunked_linear_attention),
+    Implementation("lightning1", _needs_constant_decay, lightning1_linear_attention, False),
+    Implementation("reference", lambda _: None, recurrence, False),
+)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    checks.check_rank("q", q, "batch seq heads key_dim")
+    checks.check_rank("k", k, "batch seq kv_heads key_dim")
+    checks.check_rank("v", v, "batch seq kv_heads value_dim")
+    if q.dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"q is {q.dtype}; expected float64, float32, bfloat16 or float16")
+    batch, seq, heads, key_dim = q.shape
+    kv_heads = k.shape[2]
+    for name, size in (("batch", batch), ("heads", heads), ("kv_heads", kv_heads),
+                       ("key_dim", key_dim), ("value_dim", v.shape[3])):
+        if size == 0:
+            raise ValueError(f"{name} is 0; expected at least 1")
+    if heads % kv_heads:
+        raise ValueError(f"heads is {heads}; expected a multiple of kv_heads, which is {kv_heads}")
+    checks.check_shape("k", k, (batch, seq, kv_heads, key_dim), "batch seq kv_heads key_dim")
+    dims = "batch seq kv_heads value_dim"
+    checks.check_shape("v", v, (batch, seq, kv_heads, v.shape[3]), dims)
+    for name, x in (("k", k), ("v", v)):
+        checks.check_same(name, x, q.dtype, q.device, "q")
+
+
+def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
+    batch, seq, kv_heads, key_dim = k.shape
+    legal = [(kv_heads,), (batch, seq, kv_heads), (batch, seq, kv_heads, key_dim)]
+    if tuple(log_decay.shape) not in legal:
+        raise ValueError(
+            f"log_decay has shape {list(log_decay.shape)}; expected {list(legal[0])}, "
+            f"{list(legal[1])} or {list(legal[2])} ([kv_heads], [batch, seq, kv_heads] or "
+            "[batch, seq, kv_heads, key_dim])"
+        )
+    if not log_decay.is_floating_point():
+        raise TypeError(f"log_decay is {log_decay.dtype}; expected a floating dtype, best float32")
+    if log_decay.device != k.device:
+        raise ValueError(f"log_decay is on {log_decay.device}; expected {k.device}; move it")
+    checks.check_log_decay_values(log_decay)
+
+
+def _reversed(x: Tensor | None, dim: int) -> Tensor | None:
+    return None if x is None else x.flip(dim)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal linear attention with decay, its final state returned.
+
+    S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T;  o_t = scale * q_t S_t: the diagonal is included;
+    there is no softmax, no denominator and no 1/sqrt(key_dim). State and sums are float32 (float64
+    for float64 inputs). Differentiable in q, k, v, log_decay and initial_state, through o and
+    final_state. Under autocast q, k and v are cast, log_decay and states are not.
+    Source: Qin et al. 2023, arXiv:2307.14995; Qin et al. 2024, arXiv:2401.04658.
+
+    Args:
+        q: queries, [batch, seq, heads, key_dim], float64, float32, bfloat16 or float16.
+        k: keys, [batch, seq, kv_heads, key_dim]; query head i reads kv head
+            i // (heads / kv_heads). k and v have q's dtype and device.
+        v: values, [batch, seq, kv_heads, value_dim].
+        log_decay: None (no decay), [kv_heads] (constant), [batch, seq, kv_heads] or
+            [batch, seq, kv_heads, key_dim] (gated); at most 0, best float32. -inf forgets all
+            history and gets gradient 0.
+        scale: multiplies the outputs.
+        initial_state: state before the first token, [batch, kv_heads, key_dim, value_dim] in the
+            dtype of the sums; with cu_seqlens [num_sequences, ...]. None is zero.
+        cu_seqlens: bounds of packed sequences along seq, int32 or int64 [num_sequences + 1]; batch
+            is then 1. An empty sequence passes its state through.
+        reverse: run from the last token of every sequence to its first.
+        implementation: "auto" takes the first that can run; or "triton", "chunked" (linear time),
+            "lightning1" (quadratic tiles, constant decay), "reference" (token by token).
+
+    Returns:
+        o, [batch, seq, heads, value_dim] in q's dtype, and the state after the last token (the
+        first one if reverse), shaped as initial_state.
+
+    Raises:
+        ValueError: a shape, device, unknown implementation, or (CPU, eager) a NaN or positive
+            log_decay or cu_seqlens that do not cover seq.
+        TypeError: a dtype.
+        NotImplementedError, RuntimeError: the named implementation cannot run; says why.
+    """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check_inputs(q, k, v)
+    if log_decay is not None:
+        _check_log_decay(log_decay, k)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], q.device)
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (rows, k.shape[2], k.shape[3], v.shape[3])
+    accumulation = checks.accumulation_dtype(q.dtype)
+    if initial_state is None:
+        initial_state = torch.zeros(shape, dtype=accumulation, device=q.device)
+    else:
+        name = "batch" if cu_seqlens is None else "num_sequences"
+        dims = f"{name} kv_heads key_dim value_dim"
+        checks.check_shape("initial_state", initial_state, shape, dims)
+        checks.check_same("initial_state", initial_state, accumulation, q.device, "the state")
+    decay_dims = 0 if log_decay is None else log_decay.dim()
+    request = Request(q.device, q.dtype, decay_dims)
+    row = choose("linear_attention", IMPLEMENTATIONS, request, implementation)
+    if q.shape[1] == 0:
+        # Sums of nothing: the gradient flows through the state alone.
+        return v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]), initial_state.clone()
+    if reverse:
+        q, k, v = q.flip(1), k.flip(1), v.flip(1)
+        log_decay = log_decay if decay_dims <= 1 else _reversed(log_decay, 1)
+        if cu_seqlens is not None:
+            # A packed row flipped whole has its sequences in the opposite order.
+            cu_seqlens = cu_seqlens[-1] - cu_seqlens.flip(0)
+            initial_state = initial_state.flip(0)
+    o, final_state = row.run(
+        q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
+    if reverse:
+        o = o.flip(1)
+        final_state = final_state if cu_seqlens is None else final_state.flip(0)
+    return o, final_state

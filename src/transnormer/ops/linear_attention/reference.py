@@ -1,0 +1,127 @@
+"""Plain forms of linear attention, written to be read: the token recurrence and the masked matrix.
+
+    S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
+
+(Qin et al. 2023, arXiv:2307.14995, section 3.4.) Both run on any device, in float32 (float64 for
+float64 inputs), differentiable by autograd. They are slow: a step of Python a token, or a matrix of
+seq x seq. ``origin_recurrence`` is the authors' first inference form, kept to show how it fails.
+
+Legend: B batch, T seq, H kv heads, G query heads a kv head, K key dim, V value dim.
+"""
+
+import torch
+from torch import Tensor
+
+from transnormer.ops.checks import accumulation_dtype
+
+
+def _grouped(q: Tensor, kv_heads: int, scale: float) -> Tensor:
+    """[B, T, heads, K] -> [B, T, H, G, K] in the accumulation dtype, scaled."""
+    return q.to(accumulation_dtype(q.dtype)).unflatten(2, (kv_heads, -1)) * scale
+
+
+def _expanded_log_decay(log_decay: Tensor | None, k: Tensor) -> Tensor:
+    """Any form of log_decay as [B or 1, T or 1, H, 1 or K] in the accumulation dtype."""
+    dtype = accumulation_dtype(k.dtype)
+    if log_decay is None:
+        return torch.zeros(1, 1, k.shape[2], 1, dtype=dtype, device=k.device)
+    if log_decay.dim() == 1:
+        return log_decay.to(dtype).view(1, 1, -1, 1)
+    return log_decay.to(dtype) if log_decay.dim() == 4 else log_decay.to(dtype)[..., None]
+
+
+def _decay(log_decay: Tensor) -> Tensor:
+    """exp with a gradient of 0 (not NaN) at -inf."""
+    return torch.where(log_decay == -torch.inf, 0.0, log_decay).exp() * (log_decay != -torch.inf)
+
+
+def _recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass over [B, T, H, ...] inputs of the accumulation dtype, from state [B, H, K, V]."""
+    decay = _decay(g).expand(-1, k.shape[1], -1, -1)
+    outputs = []
+    for t in range(k.shape[1]):
+        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(q[:, t] @ state)
+    return torch.stack(outputs, 1), state
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence token by token; arguments and results as ``linear_attention``'s."""
+    dtype = accumulation_dtype(q.dtype)
+    g = _expanded_log_decay(log_decay, k)
+    inputs = _grouped(q, k.shape[2], scale), k.to(dtype), v.to(dtype)
+    if cu_seqlens is None:
+        o, state = _recurrence(*inputs, g, initial_state)
+        return o.flatten(2, 3).to(q.dtype), state
+    outputs, states, bounds = [], [], cu_seqlens.tolist()
+    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        row = initial_state[i : i + 1]
+        if stop > start:
+            part = [x[:, start:stop] for x in inputs]
+            decay = g if g.shape[1] == 1 else g[:, start:stop]
+            o, row = _recurrence(*part, decay, row)
+            outputs.append(o)
+        states.append(row)
+    return torch.cat(outputs, 1).flatten(2, 3).to(q.dtype), torch.cat(states)
+
+
+def pairwise_log_decay(log_decay: Tensor) -> Tensor:
+    """Sum of log_decay over s+1 .. t for every pair, [B, T, H, K] -> [B, T, T, H, K]; -inf above.
+
+    Sums, not differences of cumulative sums: -inf stays legal and strong decay loses no digits.
+    """
+    seq = log_decay.shape[1]
+    steps = torch.arange(seq, device=log_decay.device)
+    below = (steps[:, None] > steps).view(1, seq, seq, 1, 1)
+    sums = torch.where(below, log_decay[:, :, None], 0.0).cumsum(1)
+    return torch.where((steps[:, None] >= steps).view(1, seq, seq, 1, 1), sums, -torch.inf)
+
+
+def quadratic(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    """The masked matrix form O = (Q K^T * M) V, [batch, seq, heads, value_dim]; no states.
+
+    Time and memory grow with seq^2 (seq^2 * key_dim for key-wise decay).
+    """
+    dtype = accumulation_dtype(q.dtype)
+    q_ = _grouped(q, k.shape[2], scale)
+    g = _expanded_log_decay(log_decay, k).expand(-1, k.shape[1], -1, -1)
+    weights = _decay(pairwise_log_decay(g))
+    if weights.shape[-1] == 1:
+        scores = torch.einsum("bthgk,bshk->bhgts", q_, k.to(dtype))
+        scores = scores * weights[..., 0].permute(0, 3, 1, 2)[:, :, None]
+    else:
+        scores = torch.einsum("bthgk,bshk,btshk->bhgts", q_, k.to(dtype), weights)
+    return torch.einsum("bhgts,bshv->bthgv", scores, v.to(dtype)).flatten(2, 3).to(q.dtype)
+
+
+def origin_recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """The authors' first inference form, which overflows; never used by the package.
+
+    It splits decay^(t - s) into decay^t on the query and decay^-s on the key (Qin et al. 2023,
+    arXiv:2307.14995, section 3.4.1), so kv_t = kv_{t-1} + decay^-t k_t v_t^T grows without bound: in
+    float32 decay^-t is infinite once -log_decay * t > 88.7 (slope 0.5: t >= 178), and infinity
+    times the vanished query factor is NaN. ``recurrence`` is the same sum with factors at most 1.
+
+    Args:
+        q: queries, [batch, seq, heads, key_dim]; k, v as many heads.
+        log_decay: [heads]; its arithmetic is done in the dtype of q.
+    """
+    state = q.new_zeros(q.shape[0], q.shape[2], k.shape[3], v.shape[3])
+    outputs = []
+    for t in range(q.shape[1]):
+        growth = (-log_decay.to(q.dtype) * (t + 1)).exp().view(1, -1, 1)
+        state = state + (growth * k[:, t])[..., None] * v[:, t, :, None, :]
+        shrink = (log_decay.to(q.dtype) * (t + 1)).exp().view(1, -1, 1)
+        outputs.append(((shrink * q[:, t])[:, :, None] @ state)[:, :, 0])
+    return torch.stack(outputs, 1)

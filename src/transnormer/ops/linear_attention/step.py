@@ -1,0 +1,163 @@
+"""One decode step: a few tokens against a state of constant size."""
+
+import torch
+from torch import Tensor
+
+from transnormer.ops import checks
+
+_MAX_TOKENS = 8
+
+
+def _decays(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
+    """Any form of log_decay as decays [B or 1, tokens or 1, H, 1 or K], or None."""
+    if log_decay is None:
+        return None
+    decay = log_decay.to(checks.accumulation_dtype(k.dtype)).exp()
+    if decay.dim() == 1:
+        return decay.view(1, 1, -1, 1)
+    return decay if decay.dim() == 4 else decay[..., None]
+
+
+def _advance(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over q [B, T, H, G, K], k and v [B, T, H, dim] in the accumulation dtype."""
+    outputs = []
+    for t in range(k.shape[1]):
+        added = k[:, t, :, :, None] * v[:, t, :, None, :]
+        if decay is not None:
+            factor = decay[:, min(t, decay.shape[1] - 1), :, :, None]
+            state = state.mul_(factor) if inplace else state * factor
+        state = state.add_(added) if inplace else state + added
+        outputs.append(q[:, t] @ state)
+    return torch.stack(outputs, 1), state
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    slots: Tensor | None,
+) -> None:
+    batch, tokens, heads, key_dim = q.shape
+    kv_heads, value_dim = k.shape[2], v.shape[3]
+    if not 1 <= tokens <= _MAX_TOKENS:
+        raise ValueError(
+            f"tokens is {tokens}; expected 1 to {_MAX_TOKENS} a step; use linear_attention"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"heads is {heads}; expected a multiple of kv_heads, which is {kv_heads}")
+    checks.check_shape("k", k, (batch, tokens, kv_heads, key_dim), "batch tokens kv_heads key_dim")
+    checks.check_shape(
+        "v", v, (batch, tokens, kv_heads, value_dim), "batch tokens kv_heads value_dim"
+    )
+    for name, x in (("k", k), ("v", v)):
+        checks.check_same(name, x, q.dtype, q.device, "q")
+    if q.dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"q is {q.dtype}; expected float64, float32, bfloat16 or float16")
+    rows = batch if slots is None else state.shape[0]
+    checks.check_shape(
+        "state", state, (rows, kv_heads, key_dim, value_dim), "batch kv_heads key_dim value_dim"
+    )
+    accumulation = checks.accumulation_dtype(q.dtype)
+    if state.dtype != accumulation:
+        raise TypeError(f"state is {state.dtype}; expected {accumulation} for {q.dtype} inputs")
+    if slots is not None and (slots.dtype != torch.int32 or list(slots.shape) != [batch]):
+        raise ValueError(
+            f"slots is {slots.dtype} {list(slots.shape)}; expected int32 [batch], batch {batch}"
+        )
+    if log_decay is not None:
+        checks.check_log_decay_values(log_decay)
+
+
+def _check_log_decay_shape(log_decay: Tensor | None, k: Tensor, single: bool) -> Tensor | None:
+    """Return log_decay with a tokens dim where it has a batch dim; raise ValueError otherwise."""
+    batch, tokens, kv_heads, key_dim = k.shape
+    if log_decay is None:
+        return None
+    lead = (batch,) if single else (batch, tokens)
+    legal = [(kv_heads,), (*lead, kv_heads), (*lead, kv_heads, key_dim)]
+    if tuple(log_decay.shape) not in legal:
+        raise ValueError(
+            f"log_decay has shape {list(log_decay.shape)}; expected one of {[list(s) for s in legal]}"
+        )
+    return log_decay.unsqueeze(1) if single and log_decay.dim() > 1 else log_decay
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float = 1.0,
+    slots: Tensor | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Advance the recurrence of ``linear_attention`` by 1 to 8 tokens.
+
+    S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T;  o_t = scale * q_t S_t.
+
+    Args:
+        q: queries, [batch, heads, key_dim], or [batch, tokens, heads, key_dim] with tokens <= 8.
+        k: keys, [batch(, tokens), kv_heads, key_dim]; kv_heads divides heads.
+        v: values, [batch(, tokens), kv_heads, value_dim].
+        log_decay: None, [kv_heads], [batch(, tokens), kv_heads] or
+            [batch(, tokens), kv_heads, key_dim]; at most 0.
+        state: [batch, kv_heads, key_dim, value_dim], float32 (float64 for float64 inputs); with
+            slots a pool [num_slots, kv_heads, key_dim, value_dim].
+        scale: multiplies the output.
+        slots: int32 [batch], the row of the pool that each row of the batch reads and writes; rows
+            with -1 are skipped (their output is 0). Two rows may not share a slot. Implies inplace.
+        inplace: update ``state`` itself; not differentiable.
+
+    Returns:
+        o, [batch(, tokens), heads, value_dim] in the inputs' dtype, and the state after the last
+        token (``state`` itself where it was updated in place).
+
+    Raises:
+        ValueError: a shape, or (CPU, eager) a log_decay that is NaN or positive, a slot outside
+            the pool.
+        TypeError: dtypes that differ, or a state in another than the accumulation dtype.
+    """
+    single = q.dim() == 3
+    if single:
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    for name, x, dims in (
+        ("q", q, "batch tokens heads key_dim"),
+        ("k", k, "batch tokens kv_heads key_dim"),
+        ("v", v, "batch tokens kv_heads value_dim"),
+    ):
+        checks.check_rank(name, x, dims)
+    _check(q, k, v, log_decay, state, slots)
+    decay = _decays(_check_log_decay_shape(log_decay, k, single), k)
+    dtype = checks.accumulation_dtype(q.dtype)
+    q_ = q.to(dtype).unflatten(2, (k.shape[2], -1)) * scale
+    if slots is None:
+        o, state = _advance(q_, k.to(dtype), v.to(dtype), decay, state, inplace)
+    else:
+        o = _advance_slots(q_, k.to(dtype), v.to(dtype), decay, state, slots)
+    o = o.flatten(2, 3).to(q.dtype)
+    return (o[:, 0] if single else o), state
+
+
+def _advance_slots(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, pool: Tensor, slots: Tensor
+) -> Tensor:
+    if checks.values_are_visible(slots) and bool(((slots < -1) | (slots >= pool.shape[0])).any()):
+        raise ValueError(
+            f"slots is {slots.tolist()}; expected -1 (skip) or a row of the pool, 0 to "
+            f"{pool.shape[0] - 1}"
+        )
+    rows = (slots >= 0).nonzero()[:, 0]
+    used = slots[rows].long()
+    if decay is not None and decay.shape[0] > 1:
+        decay = decay[rows]
+    part, updated = _advance(q[rows], k[rows], v[rows], decay, pool[used], inplace=False)
+    pool[used] = updated
+    return torch.zeros(*q.shape[:4], v.shape[3], dtype=q.dtype, device=q.device).index_copy(
+        0, rows, part
+    )
