@@ -137,12 +137,13 @@ class Decoder(nn.Module):
         Projections and embeddings N(0, init_std^2), biases 0, the pad row 0, as the released code.
         """
         for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.init_std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            elif module is not self and callable(reset):
+                reset()
         if self.config.pad_token_id is not None:
             self.embedding.weight[self.config.pad_token_id].zero_()
 
@@ -164,6 +165,7 @@ class Decoder(nn.Module):
         inputs.check(input_ids, config.vocab_size, state, cu_seqlens, mask, config.causal)
         if state is not None:
             inputs.check_state(state, len(self.blocks), input_ids, cu_seqlens)
+        mask = inputs.needed_mask(mask)
         where = inputs.positions_of(input_ids, state, positions, cu_seqlens, mask)
         x = self.embedding(input_ids)
         if config.embedding_scale:

@@ -58,6 +58,13 @@ def check_state(
         )
 
 
+def needed_mask(mask: Tensor | None) -> Tensor | None:
+    """None for a mask that is seen to hide nothing: constant decay stays constant without one."""
+    if mask is not None and checks.values_are_visible(mask) and bool(mask.all()):
+        return None
+    return mask
+
+
 def check_positions(positions: Tensor, max_positions: int) -> None:
     """Raise ValueError where learned positions end before the sequence does."""
     if checks.values_are_visible(positions) and int(positions.max()) >= max_positions:

@@ -100,7 +100,12 @@ class DecoderState(NamedTuple):
                 f"expected {fingerprint[:12]}, the fingerprint of this model; load the model that "
                 "saved it, in the same dtype"
             )
-        num_layers = len(tensors) - 1
-        layers = tuple(tensors[f"layers.{i}"] for i in range(num_layers))
+        names = [f"layers.{i}" for i in range(len(tensors) - 1)]
+        if set(tensors) != {*names, "positions"}:
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(tensors))}; expected layers.0 to layers.n and "
+                "positions; the file is damaged"
+            )
+        layers = tuple(tensors[name] for name in names)
         device = next(model.parameters()).device
         return cls(layers, tensors["positions"]).to(device)

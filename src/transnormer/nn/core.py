@@ -13,11 +13,12 @@ class LinearAttentionCore(nn.Module):
 
     Args:
         causal: False sums over both directions, the diagonal once; it has no state.
+        implementation: of ``linear_attention``.
     """
 
-    def __init__(self, *, causal: bool = True) -> None:
+    def __init__(self, *, causal: bool = True, implementation: str = "auto") -> None:
         super().__init__()
-        self.causal = causal
+        self.causal, self.implementation = causal, implementation
 
     def forward(
         self,
@@ -52,7 +53,15 @@ class LinearAttentionCore(nn.Module):
             return self._bidirectional(q, k, v, log_decay, cu_seqlens), None
         if state is not None and q.shape[1] == 1 and cu_seqlens is None:
             return linear_attention_step(q, k, v, log_decay, state)
-        return linear_attention(q, k, v, log_decay, initial_state=state, cu_seqlens=cu_seqlens)
+        return linear_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            implementation=self.implementation,
+        )
 
     def _bidirectional(
         self,
@@ -62,8 +71,18 @@ class LinearAttentionCore(nn.Module):
         log_decay: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Tensor:
-        ahead, _ = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
-        back, _ = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, reverse=True)
+        ahead, back = (
+            linear_attention(
+                q,
+                k,
+                v,
+                log_decay,
+                cu_seqlens=cu_seqlens,
+                reverse=reverse,
+                implementation=self.implementation,
+            )[0]
+            for reverse in (False, True)
+        )
         groups = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
         return ahead + back - (q * k).sum(-1, keepdim=True) * v

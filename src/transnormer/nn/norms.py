@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from transnormer.config import Config
 from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.norm import rms_norm
 
 
 class NormConfig(Config):
@@ -59,11 +60,10 @@ class Norm(nn.Module):
             y = y.unflatten(-1, (config.groups, -1))
         if config.kind == "layer":
             y = y - y.mean(-1, keepdim=True)
-        mean_square = y.square().mean(-1, keepdim=True)
         if config.eps_outside:
-            y = y / (mean_square.sqrt() + config.eps)
+            y = y / (y.square().mean(-1, keepdim=True).sqrt() + config.eps)
         else:
-            y = y * torch.rsqrt(mean_square + config.eps)
+            y = rms_norm(y, config.eps)
         if config.groups > 1:
             y = y.flatten(-2)
         if self.weight is not None:

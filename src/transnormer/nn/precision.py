@@ -1,7 +1,7 @@
 """Modules whose numbers must not be rounded when a model is cast."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class KeepPrecision(nn.Module):
 
     lowest: ClassVar[torch.dtype] = torch.float32
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep(x: Tensor) -> Tensor:
             moved = fn(x)
             if not x.is_floating_point() or moved.dtype.itemsize >= self.lowest.itemsize:

@@ -13,6 +13,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives x: its own where autocast is off or x is float64."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def values_are_visible(x: Tensor) -> bool:
     """Whether a check of x's values costs nothing: eager, on the CPU, a real tensor."""
     if torch.compiler.is_compiling():
@@ -24,9 +32,7 @@ def values_are_visible(x: Tensor) -> bool:
 def check_rank(name: str, x: Tensor, dims: str) -> None:
     """Raise ValueError unless x has the named dims, e.g. ``"batch seq heads key_dim"``."""
     if x.dim() != len(dims.split()):
-        raise ValueError(
-            f"{name} has shape {list(x.shape)}; expected [{', '.join(dims.split())}]"
-        )
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected [{', '.join(dims.split())}]")
 
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int], dims: str) -> None:

@@ -3,10 +3,11 @@
 import difflib
 
 from transnormer.models.decoder import DecoderConfig
+from transnormer.models.zoo.ablations import ABLATIONS, ablation
 from transnormer.models.zoo.tnl import SIZES as _TNL_SIZES
 from transnormer.models.zoo.tnl import tnl, tnl_custom
 
-__all__ = ["get", "names", "tnl", "tnl_custom"]
+__all__ = ["ABLATIONS", "ablation", "get", "names", "tnl", "tnl_custom"]
 
 _FAMILIES = {"tnl": (tnl, _TNL_SIZES)}
 

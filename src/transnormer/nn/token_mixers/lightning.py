@@ -33,6 +33,7 @@ class LightningConfig(Config):
         gate_position: multiply after the norm (released) or before it.
         norm: of the merged heads.
         bias: of all projections.
+        implementation: of the op; "lightning1" trains with the first paper's quadratic tiles.
     """
 
     kind: Literal["lightning"] = "lightning"
@@ -50,6 +51,7 @@ class LightningConfig(Config):
     gate_position: Literal["after_norm", "before_norm"] = "after_norm"
     norm: NormConfig = NormConfig()
     bias: bool = False
+    implementation: Literal["auto", "chunked", "lightning1", "reference", "triton"] = "auto"
 
     def build(
         self, model_dim: int, layer_index: int, num_layers: int, *, causal: bool
@@ -125,7 +127,7 @@ class Lightning(nn.Module):
             Lrpe(config.heads, self.head_dim, init=config.lrpe_init) if config.lrpe else None
         )
         self.decay = ConstantLogDecay(config, layer_index, num_layers)
-        self.core = LinearAttentionCore(causal=causal)
+        self.core = LinearAttentionCore(causal=causal, implementation=config.implementation)
         self.norm = config.norm.build(hidden_dim)
         self.out_proj = nn.Linear(hidden_dim, model_dim, bias=config.bias)
 
@@ -169,9 +171,7 @@ class Lightning(nn.Module):
         if self.lrpe is not None:
             q, k = self.lrpe((q, k), positions)
         log_decay = None if config.decay == "none" else self.decay(q.dtype)
-        o, state = self.core(
-            q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask
-        )
+        o, state = self.core(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask)
         o, gate = o.flatten(2), self._gate(x, parts[3] if len(parts) == 4 else None)
         if gate is not None and config.gate_position == "before_norm":
             o = self.norm(o * gate)

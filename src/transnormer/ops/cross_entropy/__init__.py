@@ -1,25 +1,22 @@
 """Cross-entropy of a linear head without the full logits."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transnormer.ops import checks
 
 IGNORE_INDEX = -100
 
-# A vocabulary up to this size keeps its logits for the backward pass, if they are small enough:
-# cheaper than computing them twice, which is what chunks cost.
-_SMALL_VOCAB = 16_384
-_SMALL_LOGITS = 1 << 27
-# Elements of one chunk of logits, and its share of all rows: with the few temporaries of a chunk
-# the peak stays under an eighth of the full logits.
-_CHUNK_ELEMENTS = 1 << 24
+# A chunk is at most this share of all rows, so that its few temporaries stay under an eighth of the
+# full logits; and at most so many elements: on a CPU what the cache holds, on a GPU what fills it.
 _CHUNK_SHARE = 32
+_CHUNK_ELEMENTS = {"cpu": 1 << 18}
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
-def _chunk_rows(rows: int, vocab_size: int) -> int:
-    return max(min(-(-rows // _CHUNK_SHARE), _CHUNK_ELEMENTS // vocab_size), 1)
+def _chunk_rows(x: Tensor, weight: Tensor) -> int:
+    elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    return max(min(-(-x.shape[0] // _CHUNK_SHARE), elements // weight.shape[0]), 1)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +28,7 @@ def _chunked(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     """Loss and log-sum-exp of every row, [rows]; ignored rows have loss 0."""
     dtype = checks.accumulation_dtype(x.dtype)
     losses, normalizers = x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
-    step = _chunk_rows(x.shape[0], weight.shape[0])
+    step = _chunk_rows(x, weight)
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         logits, label = _logits(x[part], weight), labels[part, None]
@@ -55,7 +52,7 @@ def _chunked_backward(
     # The sum over chunks is kept in the accumulation dtype, whatever the weight's.
     grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype)
     grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0)
-    step = _chunk_rows(x.shape[0], weight.shape[0])
+    step = _chunk_rows(x, weight)
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
         delta = _logits(x[part], weight).sub_(normalizers[part, None]).exp_()
@@ -90,8 +87,8 @@ _chunked.register_autograd(_backward, setup_context=_setup_context)
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of softmax(x weight^T) against labels, one number a row, in nats.
 
-    With a large vocabulary the logits are made a chunk of rows at a time, and again in the backward
-    pass: at most an eighth of the full logits exists at once. Logits of bfloat16 and float16 inputs
+    The logits are made a chunk of rows at a time, and again in the backward pass: at most an eighth
+    of the full logits exists at once. Logits of bfloat16 and float16 inputs
     are products in that dtype; log-sum-exp and losses are float32 (float64 for float64 inputs).
 
     Args:
@@ -119,10 +116,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
             raise ValueError(
                 f"labels holds {int(wrong[0])}; expected 0 to {vocab_size - 1}, or -100 to ignore"
             )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    if vocab_size <= _SMALL_VOCAB and x.shape[0] * vocab_size <= _SMALL_LOGITS:
-        logits = _logits(x, weight)
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    x, weight = x.to(checks.autocast_dtype(x)), weight.to(checks.autocast_dtype(weight))
     return _chunked(x, weight, labels)[0]

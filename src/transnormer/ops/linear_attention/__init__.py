@@ -56,8 +56,13 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q is {q.dtype}; expected float64, float32, bfloat16 or float16")
     batch, seq, heads, key_dim = q.shape
     kv_heads = k.shape[2]
-    for name, size in (("batch", batch), ("heads", heads), ("kv_heads", kv_heads),
-                       ("key_dim", key_dim), ("value_dim", v.shape[3])):
+    for name, size in (
+        ("batch", batch),
+        ("heads", heads),
+        ("kv_heads", kv_heads),
+        ("key_dim", key_dim),
+        ("value_dim", v.shape[3]),
+    ):
         if size == 0:
             raise ValueError(f"{name} is 0; expected at least 1")
     if heads % kv_heads:
@@ -136,10 +141,7 @@ def linear_attention(
         TypeError: a dtype.
         NotImplementedError, RuntimeError: the named implementation cannot run; says why.
     """
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
     _check_inputs(q, k, v)
     if log_decay is not None:
         _check_log_decay(log_decay, k)

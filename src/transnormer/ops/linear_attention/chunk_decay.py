@@ -43,7 +43,10 @@ class Factors(NamedTuple):
 class ChunkDecay(Protocol):
     """What the chunked form asks of a kind of decay, for one run of chunks."""
 
-    factors: Factors | None
+    @property
+    def factors(self) -> Factors | None:
+        """The decays at the ends of the chunks; None is no decay."""
+        ...
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Decayed causal scores, [X, N, C * G, C]."""
@@ -98,23 +101,22 @@ class ConstantDecay:
 
     Args:
         log_decay: one value a row, [X].
-        lengths: true tokens of each chunk, [N] (a short chunk decays by its own length only).
+        lengths: true tokens of each chunk, N of them, or one for all (a short chunk decays by its
+            own length only).
         chunk: C.
     """
 
-    def __init__(self, log_decay: Tensor, lengths: Tensor, chunk: int) -> None:
+    def __init__(self, log_decay: Tensor, lengths: tuple[int, ...], chunk: int) -> None:
         step = torch.arange(chunk, dtype=log_decay.dtype, device=log_decay.device)
-        lengths = lengths.to(log_decay.dtype)
-        if bool((lengths == chunk).all()):
-            lengths = lengths[:1]
+        tokens = torch.tensor(lengths, dtype=log_decay.dtype, device=log_decay.device)
         self._log_decay = log_decay.view(-1, 1, 1, 1)
         self._offset = (step[:, None] - step).clamp_(min=0)
         self._mask = _power(self._log_decay, self._offset).mul_(
             (step[:, None] >= step).to(step.dtype)
         )
         self._query_steps = (step + 1).view(1, 1, chunk, 1)
-        self._key_steps = (lengths[:, None] - 1 - step).clamp_(min=0).view(1, -1, chunk, 1)
-        self._total_steps = lengths.view(1, -1, 1, 1)
+        self._key_steps = (tokens[:, None] - 1 - step).clamp_(min=0).view(1, -1, chunk, 1)
+        self._total_steps = tokens.view(1, -1, 1, 1)
         self.factors = Factors(
             query=_power(self._log_decay, self._query_steps),
             key=_power(self._log_decay, self._key_steps),

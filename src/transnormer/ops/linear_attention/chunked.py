@@ -54,8 +54,22 @@ class _Segment(NamedTuple):
     stop: int
 
 
+def _chunks_per_segment(rows: int, groups: int, key_dim: int, value_dim: int) -> int:
+    widest = max(key_dim * groups, value_dim, _MAX_CHUNK * groups)
+    return max(_SEGMENT_ELEMENTS // (rows * widest * _MAX_CHUNK), 1)
+
+
+def _segment_bound(seq: int, sequences: int, chunks_per_segment: int) -> int:
+    """At least the number of segments, in arithmetic that symbolic lengths can do.
+
+    A sequence has at most one partial chunk; chunks below the largest size are at least as long as
+    the mean sequence, which makes at most 3 a sequence.
+    """
+    return (seq // _MAX_CHUNK + 3 * sequences) // chunks_per_segment + 1
+
+
 class _Layout:
-    """How tokens map to chunks and segments; the shapes depend on shapes only, never on values."""
+    """How tokens map to chunks and segments."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
         self.batch, self.seq, self.kv_heads, self.key_dim = k.shape
@@ -66,13 +80,10 @@ class _Layout:
         self.rows = self.batch * self.kv_heads
         mean = max(self.seq // self.sequences, 1)
         self.chunk = min(1 << (mean - 1).bit_length(), _MAX_CHUNK)
-        widest = max(self.key_dim * self.groups, self.value_dim, self.chunk * self.groups)
-        tokens = _SEGMENT_ELEMENTS // (self.rows * widest)
-        self.chunks_per_segment = max(tokens // self.chunk, 1)
-        # At most one partial chunk a sequence.
-        chunks = -(-self.seq // self.chunk) + (self.sequences if self.packed else 0)
-        self.max_segments = max(-(-chunks // self.chunks_per_segment), 1)
-        self.dtype = accumulation_dtype(q.dtype)
+        self.chunks_per_segment = _chunks_per_segment(
+            self.rows, self.groups, self.key_dim, self.value_dim
+        )
+        self.dtype, self.device = accumulation_dtype(q.dtype), q.device
 
     def segments(self, cu_seqlens: Tensor | None) -> list[_Segment]:
         bounds = cu_seqlens.tolist() if cu_seqlens is not None else [0, self.seq]
@@ -109,7 +120,7 @@ class _Layout:
             torch.arange(n * self.chunk, n * self.chunk + c.length)
             for n, c in enumerate(segment.chunks)
         ]
-        return torch.cat(pieces)
+        return torch.cat(pieces).to(self.device)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, T, heads, dim] -> [B, T, H, G, dim]: query heads beside their kv head."""
@@ -137,8 +148,7 @@ class _Decays:
                 lengths = (layout.chunk,)
             if lengths not in self._constant:
                 rows = log_decay.to(layout.dtype).repeat(layout.batch)
-                counts = torch.tensor(lengths)
-                self._constant[lengths] = ConstantDecay(rows, counts, layout.chunk)
+                self._constant[lengths] = ConstantDecay(rows, lengths, layout.chunk)
             return self._constant[lengths]
         gates = layout.gather(log_decay, segment)
         return ScalarGate(gates[..., None]) if log_decay.dim() == 3 else KeyGate(gates)
@@ -186,7 +196,8 @@ def _chunked(
     initial = layout.states(initial_state)
     final = initial.clone()
     o = v.new_empty(*q.shape[:3], layout.value_dim)
-    boundary = initial.new_zeros(layout.max_segments, *initial.shape[1:])
+    bound = _segment_bound(layout.seq, layout.sequences, layout.chunks_per_segment)
+    boundary = initial.new_zeros(bound, *initial.shape[1:])
     carry, queries, outputs = initial[0], layout.split_heads(q), layout.split_heads(o)
     for index, segment in enumerate(layout.segments(cu_seqlens)):
         boundary[index] = carry
@@ -209,10 +220,13 @@ def _chunked(
 
 @_chunked.register_fake
 def _(q, k, v, log_decay, initial_state, cu_seqlens, scale):
-    layout = _Layout(q, k, v, cu_seqlens)
+    batch, seq, kv_heads, key_dim = k.shape
+    sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1
     final = torch.empty_like(initial_state)
-    shape = (layout.max_segments, layout.rows, layout.key_dim, layout.value_dim)
-    return v.new_empty(*q.shape[:3], layout.value_dim), final, final.new_empty(shape)
+    rows, value_dim = batch * kv_heads, v.shape[3]
+    per_segment = _chunks_per_segment(rows, q.shape[2] // kv_heads, key_dim, value_dim)
+    shape = (_segment_bound(seq, sequences, per_segment), rows, key_dim, value_dim)
+    return v.new_empty(*q.shape[:3], value_dim), final, final.new_empty(shape)
 
 
 @torch.library.custom_op("transnormer::chunked_linear_attention_backward", mutates_args=())
@@ -238,10 +252,13 @@ def _chunked_backward(
     decays = _Decays(layout, log_decay)
     initial = layout.states(initial_state)
     grad_states = layout.states(grad_final).clone()
-    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format)
-                              for x in (q, k, v))
-    grad_decay = q.new_empty(0) if log_decay is None else log_decay.new_zeros(
-        log_decay.shape, dtype=layout.dtype
+    grad_q, grad_k, grad_v = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
+    grad_decay = (
+        q.new_empty(0)
+        if log_decay is None
+        else log_decay.new_zeros(log_decay.shape, dtype=layout.dtype)
     )
     queries, grads_o = layout.split_heads(q), layout.split_heads(grad_o)
     grad_queries = layout.split_heads(grad_q)
@@ -311,10 +328,16 @@ def _setup_context(ctx, inputs, output) -> None:
     q, k, v, log_decay, initial_state, cu_seqlens, scale = inputs
     ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
     ctx.scale = scale
+    # The states between segments take no gradient; zeros of their size would be made otherwise.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_o, grad_final, _):
     q, k, v, log_decay, initial_state, cu_seqlens, boundary = ctx.saved_tensors
+    if grad_o is None:
+        grad_o = v.new_zeros(*q.shape[:3], v.shape[3])
+    if grad_final is None:
+        grad_final = torch.zeros_like(initial_state)
     grads = torch.ops.transnormer.chunked_linear_attention_backward(
         grad_o, grad_final, q, k, v, log_decay, initial_state, cu_seqlens, boundary, ctx.scale
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.linear_attention.sequences import over_sequences
 
 _QUERY_TILE = 128
 _KEY_TILE = 64
@@ -76,17 +77,14 @@ def lightning1_linear_attention(
     """Quadratic tiles; arguments and results as ``linear_attention``'s, log_decay None or [H]."""
     dtype = accumulation_dtype(q.dtype)
     if log_decay is None:
-        log_decay = torch.zeros(k.shape[2], dtype=dtype, device=k.device)
-    log_decay = log_decay.to(dtype)
-    inputs = (q.to(dtype).unflatten(2, (k.shape[2], -1)) * scale, k.to(dtype), v.to(dtype))
-    if cu_seqlens is None:
-        o, state = _sequence(*inputs, log_decay, initial_state)
-        return o.flatten(2, 3).to(q.dtype), state
-    outputs, states, bounds = [], [], cu_seqlens.tolist()
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        row = initial_state[i : i + 1]
-        if stop > start:
-            o, row = _sequence(*(x[:, start:stop] for x in inputs), log_decay, row)
-            outputs.append(o)
-        states.append(row)
-    return torch.cat(outputs, 1).flatten(2, 3).to(q.dtype), torch.cat(states)
+        log_decay = k.new_zeros(k.shape[2])
+    o, state = over_sequences(
+        _sequence,
+        q.to(dtype).unflatten(2, (k.shape[2], -1)) * scale,
+        k.to(dtype),
+        v.to(dtype),
+        log_decay.to(dtype),
+        initial_state,
+        cu_seqlens,
+    )
+    return o.flatten(2, 3).to(q.dtype), state

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.linear_attention.sequences import over_sequences
 
 
 def _grouped(q: Tensor, kv_heads: int, scale: float) -> Tensor:
@@ -20,14 +21,16 @@ def _grouped(q: Tensor, kv_heads: int, scale: float) -> Tensor:
     return q.to(accumulation_dtype(q.dtype)).unflatten(2, (kv_heads, -1)) * scale
 
 
-def _expanded_log_decay(log_decay: Tensor | None, k: Tensor) -> Tensor:
+def _expanded_log_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     """Any form of log_decay as [B or 1, T or 1, H, 1 or K] in the accumulation dtype."""
-    dtype = accumulation_dtype(k.dtype)
-    if log_decay is None:
-        return torch.zeros(1, 1, k.shape[2], 1, dtype=dtype, device=k.device)
     if log_decay.dim() == 1:
         return log_decay.to(dtype).view(1, 1, -1, 1)
     return log_decay.to(dtype) if log_decay.dim() == 4 else log_decay.to(dtype)[..., None]
+
+
+def _or_zeros(log_decay: Tensor | None, k: Tensor) -> Tensor:
+    """None as a constant log decay of 0."""
+    return k.new_zeros(k.shape[2]) if log_decay is None else log_decay
 
 
 def _decay(log_decay: Tensor) -> Tensor:
@@ -35,8 +38,11 @@ def _decay(log_decay: Tensor) -> Tensor:
     return torch.where(log_decay == -torch.inf, 0.0, log_decay).exp() * (log_decay != -torch.inf)
 
 
-def _recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass over [B, T, H, ...] inputs of the accumulation dtype, from state [B, H, K, V]."""
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One pass over inputs of the accumulation dtype; q is [B, T, H, G, K]."""
+    g = _expanded_log_decay(log_decay, k.dtype)
     decay = _decay(g).expand(-1, k.shape[1], -1, -1)
     outputs = []
     for t in range(k.shape[1]):
@@ -57,21 +63,16 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence token by token; arguments and results as ``linear_attention``'s."""
     dtype = accumulation_dtype(q.dtype)
-    g = _expanded_log_decay(log_decay, k)
-    inputs = _grouped(q, k.shape[2], scale), k.to(dtype), v.to(dtype)
-    if cu_seqlens is None:
-        o, state = _recurrence(*inputs, g, initial_state)
-        return o.flatten(2, 3).to(q.dtype), state
-    outputs, states, bounds = [], [], cu_seqlens.tolist()
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        row = initial_state[i : i + 1]
-        if stop > start:
-            part = [x[:, start:stop] for x in inputs]
-            decay = g if g.shape[1] == 1 else g[:, start:stop]
-            o, row = _recurrence(*part, decay, row)
-            outputs.append(o)
-        states.append(row)
-    return torch.cat(outputs, 1).flatten(2, 3).to(q.dtype), torch.cat(states)
+    o, state = over_sequences(
+        _recurrence,
+        _grouped(q, k.shape[2], scale),
+        k.to(dtype),
+        v.to(dtype),
+        _or_zeros(log_decay, k),
+        initial_state,
+        cu_seqlens,
+    )
+    return o.flatten(2, 3).to(q.dtype), state
 
 
 def pairwise_log_decay(log_decay: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def quadratic(
     """
     dtype = accumulation_dtype(q.dtype)
     q_ = _grouped(q, k.shape[2], scale)
-    g = _expanded_log_decay(log_decay, k).expand(-1, k.shape[1], -1, -1)
+    g = _expanded_log_decay(_or_zeros(log_decay, k), dtype).expand(-1, k.shape[1], -1, -1)
     weights = _decay(pairwise_log_decay(g))
     if weights.shape[-1] == 1:
         scores = torch.einsum("bthgk,bshk->bhgts", q_, k.to(dtype))

@@ -1,0 +1,134 @@
+"""Claim: on a CPU a decoded token costs the same, and the state weighs the same, at any context.
+
+Prefills a context, then decodes greedily. Rows of a batch share one prefilled context: decoding
+costs the same whatever the tokens are. Prints a table; the last line is JSON, which also goes to
+benchmarks/results/decode_cpu.json.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+
+from transnormer.models import zoo
+from transnormer.models.decoder import Decoder, DecoderConfig
+from transnormer.models.state import DecoderState
+
+CONTEXTS = [128, 512, 2048, 8192, 32_768]
+CHUNK = 2048
+
+
+def small_config() -> DecoderConfig:
+    """A TransNormerLLM of about 46 million parameters: small enough for a long context on a CPU."""
+    return zoo.tnl_custom(vocab_size=8192, model_dim=512, num_layers=12, heads=8, glu_dim=1408)
+
+
+def prefill(model: Decoder, context: int) -> tuple[Tensor, DecoderState, float]:
+    """The next token, the state after ``context`` random tokens, and the seconds it took."""
+    ids = torch.randint(model.config.vocab_size, (1, context))
+    state, logits = None, None
+    start = time.perf_counter()
+    for part in ids.split(CHUNK, 1):
+        out = model(part, state=state, logits_to_keep=1)
+        logits, state = out.logits, out.state
+    took = time.perf_counter() - start
+    assert logits is not None
+    assert state is not None
+    return logits[:, -1:].argmax(-1), state, took
+
+
+def decode(model: Decoder, token: Tensor, state: DecoderState, steps: int) -> list[float]:
+    """Seconds of each greedy step."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        out = model(token, state=state)
+        token, state = out.logits[:, -1:].argmax(-1), out.state
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def measure(
+    model: Decoder, contexts: list[int], batches: list[int], steps: int
+) -> list[dict[str, Any]]:
+    """One row a context and batch."""
+    rows = []
+    for context in contexts:
+        token, state, took = prefill(model, context)
+        for batch in batches:
+            rows_of_state = state.select([0] * batch)
+            decode(model, token.expand(batch, 1), rows_of_state, 3)
+            times = sorted(decode(model, token.expand(batch, 1), rows_of_state, steps))
+            median = times[len(times) // 2]
+            rows.append(
+                {
+                    "context": context,
+                    "batch": batch,
+                    "ms_per_step": median * 1e3,
+                    "ms_per_step_p90": times[int(0.9 * (len(times) - 1))] * 1e3,
+                    "tokens_per_second": batch / median,
+                    "state_bytes": sum(x.numel() * x.element_size() for x in rows_of_state.layers),
+                    "prefill_tokens_per_second": context / took,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="small", help="small, or a name of the zoo: tnl-385m")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=harness.RESULTS / "decode_cpu.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    config = small_config() if arguments.model == "small" else zoo.get(arguments.model)
+    model = Decoder(config).eval()
+    result: dict[str, Any] = {
+        "benchmark": "decode_cpu",
+        "environment": harness.environment(),
+        "limits": harness.measured_limits(),
+        "model": {
+            "name": arguments.model,
+            "parameters": model.num_parameters(),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "dtype": "float32",
+        },
+    }
+    with torch.inference_mode():
+        rows = measure(model, arguments.contexts, arguments.batches, arguments.steps)
+    result["rows"] = rows
+    ratios = {}
+    for batch in arguments.batches:
+        times = {r["context"]: r["ms_per_step"] for r in rows if r["batch"] == batch}
+        longest, shortest = max(times), min(times)
+        name = f"batch {batch}: time per step at context {longest} / at {shortest}"
+        ratios[name] = times[longest] / times[shortest]
+    result["summary"] = ratios
+    harness.print_table(
+        ("context", "batch", "ms/step", "tokens/s", "state MB"),
+        [
+            (
+                r["context"],
+                r["batch"],
+                f"{r['ms_per_step']:.2f}",
+                f"{r['tokens_per_second']:.1f}",
+                f"{r['state_bytes'] / 1e6:.2f}",
+            )
+            for r in rows
+        ],
+    )
+    for name, value in ratios.items():
+        print(f"{name}: {value:.2f}")
+    harness.publish(result, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""`transnormer chat`: a prompt loop whose memory is the model's state."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from transnormer.cli import common
+
+if TYPE_CHECKING:
+    from transnormer.data.tokenizers import Tokenizer
+    from transnormer.models.decoder import Decoder
+    from transnormer.models.state import DecoderState
+
+_COMMANDS = """/reset       forget the conversation
+/save FILE   write the state of the conversation
+/load FILE   go on from a state that was saved with this model
+/help        this list
+/quit        leave (or Ctrl-D)"""
+
+
+def chat(
+    checkpoint: common.Checkpoint,
+    max_new_tokens: common.MaxNewTokens = 256,
+    temperature: common.Temperature = 0.8,
+    top_k: common.TopK = None,
+    top_p: common.TopP = None,
+    seed: common.Seed = None,
+    stop: common.Stop = None,
+    template: Annotated[
+        str, typer.Option(help="What the model reads for a line of yours, {text}.")
+    ] = "{text}\n",
+    tokenizer: common.TokenizerOption = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = None,
+) -> None:
+    """Talk to a model; it remembers all of the conversation in a state of constant size.
+
+    Lines that begin with / are commands: /reset, /save FILE, /load FILE, /help, /quit. A model
+    that was not tuned for dialogue continues what it reads.
+    """
+    if "{text}" not in template:
+        raise ValueError(f"template is {template!r}; expected {{text}} in it, where your line goes")
+    from transnormer.config import validate
+    from transnormer.infer.sampling import SamplingConfig
+
+    values = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = validate(SamplingConfig, values, source="options of chat")
+    model = common.open_model(checkpoint, device, dtype)
+    conversation = Conversation(
+        model,
+        common.open_tokenizer(checkpoint, tokenizer, model),
+        sampling.model_dump(),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop=stop or [],
+    )
+    if sys.stdin.isatty():
+        typer.echo(f"{model.num_parameters():,} parameters; /help lists the commands")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.split()[:1] in (["/quit"], ["/exit"]):
+            return
+        try:
+            if line.startswith("/"):
+                typer.echo(conversation.command(line))
+            else:
+                conversation.answer(template.replace("{text}", line))
+        except KeyboardInterrupt:
+            # It ends the answer, not the conversation; at the prompt it ends the command.
+            typer.echo("")
+        except (ValueError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+
+
+class Conversation:
+    """A state, and what is needed to go on from it."""
+
+    def __init__(
+        self,
+        model: "Decoder",
+        tokenizer: "Tokenizer",
+        sampling: dict[str, float | int | None],
+        *,
+        max_new_tokens: int,
+        seed: int | None,
+        stop: list[str],
+    ) -> None:
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._max_new_tokens, self._seed, self._stop = max_new_tokens, seed, stop
+        self._state: DecoderState | None = None
+        self._turn = 0
+
+    def answer(self, text: str) -> None:
+        """Read a text and stream the answer; the state then holds both."""
+        import torch
+
+        from transnormer.infer.generate import generate
+        from transnormer.infer.text import TextStream, begin_id
+
+        ids = self._tokenizer.encode(text)
+        if self._state is None:
+            ids = [begin_id(self._model, self._tokenizer), *ids]
+        generation = generate(
+            self._model,
+            torch.tensor([ids]),
+            max_new_tokens=self._max_new_tokens,
+            temperature=float(self._sampling["temperature"] or 0.0),
+            top_k=None if self._sampling["top_k"] is None else int(self._sampling["top_k"]),
+            top_p=self._sampling["top_p"],
+            seed=None if self._seed is None else self._seed + self._turn,
+            state=self._state,
+        )
+        self._turn += 1
+        try:
+            common.stream_out(TextStream(generation, self._tokenizer, stop=self._stop))
+            common.write_piece("\n")
+        finally:
+            self._state = generation.state
+
+    def command(self, line: str) -> str:
+        """Carry out a line that begins with /, and return what to say."""
+        from transnormer.models.state import DecoderState
+
+        name, _, argument = line.strip().partition(" ")
+        argument = argument.strip()
+        if name == "/help":
+            return _COMMANDS
+        if name == "/reset":
+            self._state = None
+            return "the conversation is forgotten"
+        if name not in ("/save", "/load"):
+            raise ValueError(f"{name} is no command; expected one of these:\n{_COMMANDS}")
+        if not argument:
+            raise ValueError(f"{name} has no file; expected {name} FILE")
+        path = Path(argument).expanduser()
+        if name == "/load":
+            self._state = DecoderState.load(path, self._model)
+            return f"going on after {int(self._state.positions[0]):,} tokens"
+        if self._state is None:
+            raise ValueError("there is no conversation yet; expected one; say something first")
+        self._state.save(path, self._model)
+        return f"{int(self._state.positions[0]):,} tokens are in {path} ({path.stat().st_size:,} bytes)"

@@ -1,0 +1,89 @@
+"""Tokenizers: bytes, byte-level BPE, SentencePiece models, tiktoken rank files."""
+
+from pathlib import Path
+
+from transnormer.data.tokenizers import bpe, byte, sentencepiece, tiktoken
+from transnormer.data.tokenizers.base import (
+    TableTokenizer,
+    Tokenizer,
+    start_id,
+    token_lengths,
+)
+from transnormer.data.tokenizers.bpe import BpeTokenizer, train_bpe
+from transnormer.data.tokenizers.byte import ByteTokenizer
+from transnormer.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from transnormer.data.tokenizers.stream import StreamDecoder
+from transnormer.data.tokenizers.tiktoken import TiktokenTokenizer
+
+__all__ = [
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "SentencePieceTokenizer",
+    "StreamDecoder",
+    "TableTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "find_tokenizer_file",
+    "load_tokenizer",
+    "start_id",
+    "token_lengths",
+    "train_bpe",
+]
+
+# Where a directory holds several, the first counts: our own file, then the fast format.
+_FILE_NAMES = (byte.FILE_NAME, bpe.FILE_NAME, sentencepiece.FILE_NAME, tiktoken.FILE_NAME)
+
+
+def find_tokenizer_file(directory: Path) -> Path | None:
+    """Return the tokenizer file of a directory, None where there is none.
+
+    Raises ValueError where several rank files leave the choice open.
+    """
+    for name in _FILE_NAMES:
+        if (directory / name).is_file():
+            return directory / name
+    ranks = sorted(directory.glob("*.tiktoken"))
+    if len(ranks) > 1:
+        raise ValueError(
+            f"{directory} holds {len(ranks)} .tiktoken files; expected one; name the file itself"
+        )
+    return ranks[0] if ranks else None
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        source: "bytes", a directory that holds tokenizer files, or one file: tokenizer.json,
+            tokenizer.model, NAME.tiktoken, byte_tokenizer.json.
+
+    Raises FileNotFoundError for a path that does not exist or a directory without a tokenizer,
+    ValueError for a file that is corrupt or of no known kind, RuntimeError where the package that
+    reads the format is missing.
+    """
+    if source == "bytes":
+        return ByteTokenizer()
+    path: Path | None = Path(source)
+    if not Path(source).exists():
+        raise FileNotFoundError(
+            f"tokenizer is {str(source)!r}; expected 'bytes', a directory or a tokenizer file that "
+            "exists; check the path"
+        )
+    if Path(source).is_dir():
+        path = find_tokenizer_file(Path(source))
+        if path is None:
+            raise FileNotFoundError(
+                f"{source} holds no tokenizer; expected one of {', '.join(_FILE_NAMES)}"
+            )
+    assert path is not None
+    if path.name == byte.FILE_NAME:
+        return ByteTokenizer.from_file(path)
+    if path.suffix == ".json":
+        return BpeTokenizer.from_file(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer.from_file(path)
+    if path.suffix == ".tiktoken":
+        return TiktokenTokenizer.from_file(path)
+    raise ValueError(
+        f"tokenizer is {str(path)!r}; expected a file that ends in .json, .model or .tiktoken"
+    )

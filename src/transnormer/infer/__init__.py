@@ -1,0 +1,1 @@
+"""Sampling and generation: token ids and states in, token ids and states out."""

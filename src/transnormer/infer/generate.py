@@ -1,0 +1,257 @@
+"""Generation with a state of constant size: prefill once, then one token a step.
+
+The engine knows token ids and states, nothing of text or of the family of the model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transnormer.config import validate
+from transnormer.infer.sampling import Draws, SamplingConfig, sample
+from transnormer.models.decoder import Decoder
+from transnormer.models.state import DecoderState
+
+FINISHED = -1
+# A prompt is read in pieces of this many tokens, so that memory is flat in its length.
+PREFILL_TOKENS = 8192
+
+Stop = int | Sequence[int | Sequence[int]]
+
+
+def generate(
+    model: Decoder,
+    input_ids: Tensor | Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+    state: DecoderState | None = None,
+) -> "Generation":
+    """Continue prompts token by token.
+
+    The prompts are read at once, the tokens are drawn as the result is iterated.
+
+    Args:
+        model: a causal decoder; it runs in eval mode and is left in the mode it was in.
+        input_ids: prompts, int64 [batch, seq], or a list of 1-D tensors of any lengths, which are
+            read in one packed call.
+        max_new_tokens: largest number of tokens for each row.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep this many of the likeliest tokens.
+        top_p: keep the likeliest tokens whose probabilities reach this sum.
+        seed: row i's draws depend on (seed, i) only; None takes one from torch's generator.
+        stop: token ids, or sequences of ids, that end a row; they are still yielded. None means
+            the config's end-of-sequence id, an empty list nothing.
+        state: what came before the prompts, a row for each; it is not modified.
+
+    Returns:
+        An iterator over int64 [batch] with ``state``, ``finish_reasons`` and ``token_ids``.
+
+    Raises:
+        ValueError: an id beyond the vocabulary, an empty prompt, a sampling value out of range, a
+            state of another batch, a model that is not causal.
+        TypeError: prompts that are no integer tensors.
+    """
+    if not model.config.causal:
+        raise ValueError("config.causal is False; expected True: only a causal model generates")
+    values = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = validate(SamplingConfig, values, source="arguments of generate")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; expected an integer")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    prompts = _checked_prompts(input_ids, model.config.vocab_size)
+    if state is not None and len(state.positions) != len(prompts):
+        raise ValueError(
+            f"state has {len(state.positions)} rows; expected {len(prompts)}, one for each prompt; "
+            "use state.select(rows)"
+        )
+    return Generation(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        draws=Draws(seed, len(prompts)),
+        stops=_checked_stops(stop, model),
+        state=state,
+    )
+
+
+class Generation:
+    """The tokens of a batch as they are drawn; made by ``generate``.
+
+    Iterating yields int64 [batch] on the model's device, -1 for rows that have finished, and ends
+    when all have.
+
+    Attributes:
+        token_ids: for each row the ids drawn so far, the ones that stopped it included.
+        finish_reasons: for each row "stop", "length", or None while it runs.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: list[Tensor],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        draws: Draws,
+        stops: list[tuple[int, ...]],
+        state: DecoderState | None,
+    ) -> None:
+        self.token_ids: list[list[int]] = [[] for _ in prompts]
+        self.finish_reasons: list[str | None] = [None if max_new_tokens else "length"] * len(
+            prompts
+        )
+        self._model, self._sampling, self._draws, self._stops = model, sampling, draws, stops
+        self._max_new_tokens = max_new_tokens
+        self._device = next(model.parameters()).device
+        # Tokens drawn and not yet read by the model, -1 for none.
+        self._unread: Tensor | None = None
+        self._logits, self._state = self._prefill(prompts, state)
+
+    def __iter__(self) -> "Generation":
+        return self
+
+    def __next__(self) -> Tensor:
+        if all(self.finish_reasons):
+            raise StopIteration
+        self._read()
+        active = [reason is None for reason in self.finish_reasons]
+        uniforms = self._draws.next(active) if self._sampling.temperature > 0.0 else None
+        drawn = sample(self._logits, self._sampling, uniforms)
+        if not all(active):
+            drawn[torch.tensor([not alive for alive in active], device=drawn.device)] = FINISHED
+        for row, token in enumerate(drawn.tolist()):
+            if active[row]:
+                self._record(row, token)
+        self._unread = drawn
+        return drawn.clone()
+
+    @property
+    def state(self) -> DecoderState:
+        """The state after every prompt and all of its ``token_ids``; generation may go on from it.
+
+        The last tokens are read by the model when this is asked for.
+        """
+        self._read()
+        return self._state
+
+    def _record(self, row: int, token: int) -> None:
+        ids = self.token_ids[row]
+        ids.append(token)
+        if any(tuple(ids[-len(stop) :]) == stop for stop in self._stops):
+            self.finish_reasons[row] = "stop"
+        elif len(ids) == self._max_new_tokens:
+            self.finish_reasons[row] = "length"
+
+    def _read(self) -> None:
+        """Advance the state over the tokens drawn last; finished rows leave no trace in it."""
+        if self._unread is None:
+            return
+        tokens = self._unread[:, None]
+        real = tokens != FINISHED
+        mask = None if bool(real.all()) else real
+        self._logits, self._state = self._forward(tokens.clamp(min=0), self._state, mask=mask)
+        # Only now: an interrupt during the pass loses no token.
+        self._unread = None
+
+    def _prefill(
+        self, prompts: list[Tensor], state: DecoderState | None
+    ) -> tuple[Tensor, DecoderState]:
+        lengths = [len(prompt) for prompt in prompts]
+        if len(set(lengths)) > 1:
+            packed = torch.cat(prompts)[None].to(self._device)
+            bounds = torch.tensor([0, *lengths]).cumsum(0).to(self._device)
+            return self._forward(packed, state, cu_seqlens=bounds)
+        ids = torch.stack(prompts).to(self._device)
+        logits: Tensor | None = None
+        for piece in ids.split(max(1, PREFILL_TOKENS // len(prompts)), dim=1):
+            logits, state = self._forward(piece, state)
+        assert logits is not None
+        assert state is not None
+        return logits, state
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        input_ids: Tensor,
+        state: DecoderState | None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, DecoderState]:
+        """Logits after the last token of each row or packed sequence, [batch, vocab_size]."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            output = self._model(
+                input_ids, state=state, cu_seqlens=cu_seqlens, mask=mask, logits_to_keep=1
+            )
+        finally:
+            self._model.train(training)
+        assert output.state is not None
+        logits = output.logits[0] if cu_seqlens is not None else output.logits[:, -1]
+        return logits, output.state
+
+
+def _checked_prompts(input_ids: Tensor | Sequence[Tensor], vocab_size: int) -> list[Tensor]:
+    """The prompts as int64 rows; raises ValueError or TypeError for what cannot be read."""
+    if isinstance(input_ids, Tensor):
+        if input_ids.dim() != 2:
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [batch, seq]; "
+                "add a batch dim or pass a list of 1-D tensors"
+            )
+        rows = list(input_ids)
+    else:
+        rows = list(input_ids)
+        for index, row in enumerate(rows):
+            if not isinstance(row, Tensor):
+                raise TypeError(f"input_ids[{index}] is a {type(row).__name__}; expected a tensor")
+            if row.dim() != 1:
+                raise ValueError(f"input_ids[{index}] has shape {list(row.shape)}; expected [seq]")
+    if not rows:
+        raise ValueError("input_ids holds no prompts; expected at least one")
+    return [_checked_ids(f"input_ids[{index}]", row, vocab_size) for index, row in enumerate(rows)]
+
+
+def _checked_ids(name: str, ids: Tensor, vocab_size: int) -> Tensor:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {ids.dtype}; expected an integer dtype")
+    if ids.numel() == 0:
+        raise ValueError(f"{name} is empty; expected at least one token; start with the bos id")
+    beyond = ids[(ids < 0) | (ids >= vocab_size)]
+    if beyond.numel():
+        raise ValueError(
+            f"{name} holds the id {int(beyond[0])}; expected 0 <= id < {vocab_size}, the "
+            "vocabulary of the model; was it made by another tokenizer?"
+        )
+    return ids.to(torch.int64)
+
+
+def _checked_stops(stop: Stop | None, model: Decoder) -> list[tuple[int, ...]]:
+    """Every stop as a sequence of ids."""
+    if stop is None:
+        eos = model.config.eos_token_id
+        return [] if eos is None else [(eos,)]
+    entries = [stop] if isinstance(stop, int) else list(stop)
+    stops = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in entries]
+    for index, ids in enumerate(stops):
+        if not ids:
+            raise ValueError(f"stop[{index}] is empty; expected at least one id")
+        if not all(isinstance(token, int) for token in ids):
+            raise TypeError(f"stop[{index}] is {ids}; expected integers; encode text first")
+        if not all(0 <= token < model.config.vocab_size for token in ids):
+            raise ValueError(
+                f"stop[{index}] is {list(ids)}; expected ids below {model.config.vocab_size}, the "
+                "vocabulary of the model"
+            )
+    return stops

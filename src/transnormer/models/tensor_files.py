@@ -1,0 +1,182 @@
+"""Reading and writing the weight files of a directory: safetensors or .bin, whole or sharded."""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SHARD_BYTES = 5 * 2**30
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as read, and the file it came from (for messages)."""
+
+    tensor: Tensor
+    file: Path
+
+
+def has_weights(directory: Path) -> bool:
+    """True if the directory holds weights in one of the four known forms."""
+    return any((directory / n).is_file() for n in (SINGLE, SHARD_INDEX, BIN_SINGLE, BIN_INDEX))
+
+
+def read_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Read all weights of a directory, on the CPU, in their stored dtypes.
+
+    The forms are looked for in this order: one safetensors file, sharded safetensors with their
+    index, one .bin file, sharded .bin files with their index. Pickles are read with
+    ``weights_only=True``: no code of theirs runs.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is absent.
+        ValueError: a damaged file, or an index that does not agree with its shards (both named).
+    """
+    if (directory / SINGLE).is_file():
+        return _stored(directory / SINGLE)
+    if (directory / SHARD_INDEX).is_file():
+        return _read_shards(directory / SHARD_INDEX)
+    if (directory / BIN_SINGLE).is_file():
+        return _stored(directory / BIN_SINGLE)
+    if (directory / BIN_INDEX).is_file():
+        return _read_shards(directory / BIN_INDEX)
+    raise FileNotFoundError(
+        f"{directory} holds no weights; expected {SINGLE}, {SHARD_INDEX}, {BIN_SINGLE} or "
+        f"{BIN_INDEX}; check the path"
+    )
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], directory: Path, *, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Write tensors as safetensors, in several files with an index where they exceed shard_bytes.
+
+    Every file is on the disk when this returns.
+
+    Returns:
+        the weight files, without the index.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        names = [SINGLE]
+    else:
+        count = len(shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        sync(directory / name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(
+            {"metadata": {"total_size": total}, "weight_map": where}, directory / SHARD_INDEX
+        )
+    return [directory / name for name in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises FileNotFoundError or a ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected JSON; check the path")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not JSON: {error}; expected an object; the file may be damaged"
+        ) from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; expected a JSON object")
+    return data
+
+
+def write_json(data: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON object; it is on the disk when this returns."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+    return {name: StoredTensor(tensor, path) for name, tensor in tensors.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; expected a safetensors file; copy it again"
+        ) from error
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors: {reason}; expected a dictionary of "
+            "tensors; copy it again"
+        ) from error
+    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+        raise ValueError(f"{path} holds a {type(data).__name__}; expected a dictionary of tensors")
+    return {str(name): tensor for name, tensor in data.items()}
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index} has no weight_map; expected a table from tensor to file")
+    suffix = ".bin" if index.name == BIN_INDEX else ".safetensors"
+    found: dict[str, StoredTensor] = {}
+    for name in sorted(set(map(str, where.values()))):
+        if Path(name).name != name or not name.endswith(suffix):
+            raise ValueError(f"{index} names the file {name!r}; expected *{suffix} beside it")
+        path = index.parent / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is absent; expected it, as {index} names it")
+        for tensor, stored in _stored(path).items():
+            if where.get(tensor) != name:
+                raise ValueError(
+                    f"{path} holds {tensor}, which {index.name} places in "
+                    f"{where.get(tensor, 'no file')}; expected the two to agree"
+                )
+            found[tensor] = stored
+    for tensor, name in where.items():
+        if tensor not in found:
+            raise ValueError(f"{index.parent / name} lacks {tensor}; expected it, as {index} says")
+    return found

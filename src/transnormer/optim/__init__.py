@@ -1,0 +1,13 @@
+"""Optimizers and schedules on parameter lists."""
+
+from transnormer.optim.optimizers import Optimizer, OptimizerConfig, build_optimizer, is_matrix
+from transnormer.optim.schedules import ScheduleConfig, lr_factor
+
+__all__ = [
+    "Optimizer",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "build_optimizer",
+    "is_matrix",
+    "lr_factor",
+]

@@ -1,0 +1,184 @@
+"""Optimizers: AdamW with decoupled decay on matrices only, and Muon for the blocks' matrices."""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from transnormer.optim.schedules import ScheduleConfig, lr_factor
+
+
+class OptimizerConfig(ScheduleConfig):
+    """An optimizer with its schedule; every rate is the peak rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    # Largest global norm of the gradient; larger ones are scaled down to it. 0 never clips.
+    clip: float = Field(default=1.0, ge=0)
+    # muon only: momentum of the blocks' matrices. Their updates are scaled to AdamW's size, so
+    # that one rate serves both.
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {list(betas)}; expected two numbers in [0, 1)")
+        return betas
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Return the learning rate of update number `step` (from 0) of `steps`."""
+        return self.lr * lr_factor(self, step, steps)
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether weight decay applies: a `weight` of two dims.
+
+    Those are the projections, the token embedding and the output head (they are one tensor when
+    tied). Biases, norm weights, rotation angles and learned bounds are not shrunk towards zero:
+    zero means nothing special for them.
+    """
+    return parameter.ndim == 2 and name.rsplit(".", 1)[-1] == "weight"
+
+
+class Optimizer:
+    """One or two torch optimizers that act as one, with state kept under parameter names."""
+
+    def __init__(self, parts: Iterable[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> None:
+        self._parts = tuple(parts)
+        self._names = dict(names)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def groups(self) -> list[dict[str, object]]:
+        """Return the parameter groups as names with their weight decay, for reports and tests."""
+        return [
+            {
+                "optimizer": type(part).__name__.lower(),
+                "weight_decay": group["weight_decay"],
+                "names": [self._names[parameter] for parameter in group["params"]],
+            }
+            for part in self._parts
+            for group in part.param_groups
+        ]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the whole state, as "parameter name/key" -> tensor; empty before the first step.
+
+        The tensors are the live ones: copy what must outlast the next step.
+        """
+        return {
+            f"{self._names[parameter]}/{key}": value
+            for part in self._parts
+            for parameter, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what state_tensors returned; ValueError where it belongs to another model."""
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            owner, _, key = name.rpartition("/")
+            states.setdefault(owner, {})[key] = value
+        for part in self._parts:
+            keys: set[str] = set()
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    name = self._names[parameter]
+                    state = states.pop(name, {})
+                    if keys and state and set(state) != keys:
+                        raise ValueError(
+                            f"optimizer state of {name} is {sorted(state)}; "
+                            f"expected {sorted(keys)}; take another checkpoint"
+                        )
+                    keys = keys or set(state)
+                    part.state[parameter] = {
+                        key: _fit(f"{name}/{key}", value, parameter) for key, value in state.items()
+                    }
+        if states:
+            raise ValueError(
+                f"optimizer state has {min(states)}; expected only parameters of this model; "
+                "use the checkpoint's own configuration"
+            )
+
+
+def _fit(key: str, value: Tensor, parameter: Tensor) -> Tensor:
+    if value.ndim == 0:
+        # Step counters: fused updates want them beside the parameter, the others on the CPU.
+        return value.to(parameter.device) if parameter.is_cuda else value.clone()
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"optimizer state {key} has shape {list(value.shape)}; "
+            f"expected {list(parameter.shape)}; use the checkpoint's own configuration"
+        )
+    return value.to(parameter.device, copy=True)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Build the optimizer of a model's trainable parameters.
+
+    adamw: Loshchilov and Hutter 2017 (arXiv:1711.05101); decay on matrices only, see is_matrix.
+    muon: torch.optim.Muon (Jordan 2024) for the matrices inside `blocks`, AdamW for the rest. Its
+    updates are scaled by 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, arXiv:2502.16982).
+    """
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if not named:
+        raise ValueError("model has 0 trainable parameters; expected at least one")
+    names: dict[Tensor, str] = {value: name for name, value in named.items()}
+    rest = dict(named)
+    parts: list[torch.optim.Optimizer] = []
+    if config.name == "muon":
+        blocks = {
+            name: rest.pop(name)
+            for name, value in named.items()
+            if is_matrix(name, value) and "blocks." in name
+        }
+        if not blocks:
+            raise ValueError("optimizer.name is 'muon'; expected a model with matrices in blocks")
+        parts.append(_muon(blocks.values(), config))
+    if rest:
+        parts.append(_adamw(rest, config))
+    return Optimizer(parts, names)
+
+
+def _adamw(named: Mapping[str, Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    matrices = [value for name, value in named.items() if is_matrix(name, value)]
+    others = [value for name, value in named.items() if not is_matrix(name, value)]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((matrices, config.weight_decay), (others, 0.0))
+        if params
+    ]
+    fused = all(value.device.type in ("cpu", "cuda") for value in named.values())
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused
+    )
+
+
+def _muon(params: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.Muon(
+        list(params),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )

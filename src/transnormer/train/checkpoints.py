@@ -1,0 +1,209 @@
+"""Checkpoints of a run: whole or absent, checked before they are loaded.
+
+A checkpoint is a folder `checkpoints/step_XXXXXXXX`, written under a temporary name and renamed.
+Its COMPLETE file, written last, lists size and SHA-256 of every other file.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from transnormer.config import Config, validate
+from transnormer.data.tokenizers import Tokenizer
+from transnormer.models.checkpoint import write_weights
+from transnormer.models.decoder import Decoder
+from transnormer.models.tensor_files import read_json, sha256, sync, write_json
+from transnormer.optim import Optimizer
+
+COMPLETE = "COMPLETE"
+OPTIMIZER, RANDOM, COUNTERS = "optimizer.safetensors", "random.safetensors", "trainer.json"
+FORMAT = "transnormer-checkpoint-1"
+_TEMPORARY = ".partial-"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+class Counters(Config):
+    """Where a run stands.
+
+    Attributes:
+        step: updates done.
+        next_sample: global index of the next sample: all that the data's order needs.
+        tokens: tokens seen.
+        seconds: the run's own time.
+        precision: of the forward pass, `auto` resolved.
+    """
+
+    step: int = Field(ge=0)
+    next_sample: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    precision: str
+
+
+class Damaged(NamedTuple):
+    """A checkpoint that must not be loaded, and what is wrong with it."""
+
+    path: Path
+    reason: str
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint, None where there is none, and the damaged newer ones."""
+
+    path: Path | None
+    damaged: list[Damaged]
+
+
+def step_path(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoint folders by step, newest first, damaged ones included."""
+    folder = run_dir / "checkpoints"
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and (match := _STEP.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_checkpoint(run_dir: Path) -> Found:
+    """Return the newest checkpoint whose every file is as it was written."""
+    damaged = []
+    for path in list_checkpoints(run_dir):
+        reason = what_is_wrong(path)
+        if reason is None:
+            return Found(path, damaged)
+        damaged.append(Damaged(path, reason))
+    return Found(None, damaged)
+
+
+def what_is_wrong(path: Path) -> str | None:
+    """Check a checkpoint against its COMPLETE file; None where all is well."""
+    marker = path / COMPLETE
+    if not marker.is_file():
+        return f"{path} has no {COMPLETE} file"
+    try:
+        files = read_json(marker).get("files")
+    except ValueError as error:
+        return str(error)
+    if not isinstance(files, dict) or not files:
+        return f"{marker} lists no files"
+    for name, facts in files.items():
+        file = path / str(name)
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes; {COMPLETE} says {facts['bytes']}"
+        if sha256(file) != facts["sha256"]:
+            return f"{file} has another SHA-256 than {COMPLETE} says"
+    return None
+
+
+def write_checkpoint(
+    run_dir: Path,
+    model: Decoder,
+    optimizer: Optimizer,
+    tokenizer: Tokenizer,
+    counters: Counters,
+    *,
+    keep_last: int,
+) -> Path:
+    """Write a whole checkpoint, then drop all but the newest keep_last (0 keeps all).
+
+    Raises RuntimeError in one line where the disk refuses; older checkpoints are then untouched.
+    """
+    target = step_path(run_dir, counters.step)
+    temporary = target.parent / f"{_TEMPORARY}{target.name}"
+    try:
+        remove_leftovers(run_dir)
+        temporary.mkdir(parents=True)
+        write_weights(model, temporary, tokenizer_fingerprint=tokenizer.fingerprint)
+        tokenizer.save(temporary)
+        _save(optimizer.state_tensors(), temporary / OPTIMIZER)
+        _save(_random_state(), temporary / RANDOM)
+        write_json(counters.model_dump(), temporary / COUNTERS)
+        _write_marker(temporary)
+        if target.exists():
+            _remove(target)
+        temporary.rename(target)
+        sync(target.parent)
+        for old in list_checkpoints(run_dir)[keep_last:] if keep_last else ():
+            _remove(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = find_checkpoint(run_dir).path
+        raise RuntimeError(
+            f"checkpoint of step {counters.step} cannot be written: {error}; expected room in "
+            f"{target.parent}; the last good checkpoint is {last or 'none'}; free space and "
+            "continue with --resume"
+        ) from error
+    return target
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def _write_marker(folder: Path) -> None:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sync(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json({"format": FORMAT, "files": files}, folder / COMPLETE)
+    sync(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder so that no half of it ever bears its name."""
+    doomed = path.parent / f"{_TEMPORARY}old-{path.name}"
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that nothing takes it for one; return its new name."""
+    aside = path.parent / f"damaged-{path.name}"
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for path in (run_dir / "checkpoints").glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def read_counters(path: Path) -> Counters:
+    """Read where a checkpoint's run stands."""
+    return validate(Counters, read_json(path / COUNTERS), source=str(path / COUNTERS))
+
+
+def restore_training_state(path: Path, optimizer: Optimizer) -> None:
+    """Load a checkpoint's optimizer and random state (the weights come with the model)."""
+    optimizer.load_state_tensors(load_file(path / OPTIMIZER))
+    states = load_file(path / RANDOM)
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

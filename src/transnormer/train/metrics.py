@@ -1,0 +1,198 @@
+"""What a run measures: JSON lines, TensorBoard, a picture of the loss."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TextIO
+
+from transnormer.data.files import write_atomic
+
+METRICS, EVALUATIONS, PICTURE = "metrics.jsonl", "evaluations.jsonl", "loss.png"
+
+
+class StepReport(NamedTuple):
+    """One update.
+
+    Attributes:
+        step: updates done, this one included.
+        loss: nats per token, mean over the step's labels.
+        bits_per_byte: the same loss over the UTF-8 bytes of the labels.
+        grad_norm: of the whole gradient, before clipping.
+        lr: of this update.
+        tokens: seen since the start of the run.
+        tokens_per_second: of this step.
+        seconds: the run's own time since its start, over all resumptions.
+    """
+
+    step: int
+    loss: float
+    bits_per_byte: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+
+
+class EvaluationReport(NamedTuple):
+    """One evaluation on the held-out part after `step` updates; loss in nats per token."""
+
+    step: int
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+class Progress(Protocol):
+    """Who is told how a run goes; every method returns soon."""
+
+    def message(self, text: str) -> None:
+        """Take one line about the run."""
+        ...
+
+    def step(self, report: StepReport, steps: int) -> None:
+        """Take one update of `steps`."""
+        ...
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        """Take one evaluation."""
+        ...
+
+
+class Quiet:
+    """A Progress that tells nobody."""
+
+    def message(self, text: str) -> None:
+        """Drop the line."""
+
+    def step(self, report: StepReport, steps: int) -> None:
+        """Drop the report."""
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        """Drop the report."""
+
+
+class Records:
+    """metrics.jsonl, evaluations.jsonl and tensorboard/ of one run directory.
+
+    Opening them at `step` cuts off what was written beyond it: those updates are made again.
+    """
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run_dir = run_dir
+        for name in (METRICS, EVALUATIONS):
+            _cut_back(run_dir / name, step)
+        self._metrics = _append_to(run_dir / METRICS)
+        self._evaluations = _append_to(run_dir / EVALUATIONS)
+        # purge_step hides the points that another process wrote beyond this step.
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def step(self, report: StepReport) -> None:
+        """Write one update."""
+        self._metrics.write(_line(report))
+        self._metrics.flush()
+        for name in ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second"):
+            self._board.add_scalar(f"train/{name}", getattr(report, name), report.step)
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        """Write one evaluation."""
+        self._evaluations.write(_line(report))
+        self._evaluations.flush()
+        for name in ("loss", "bits_per_byte"):
+            self._board.add_scalar(f"heldout/{name}", getattr(report, name), report.step)
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk."""
+        for file in (self._metrics, self._evaluations):
+            file.flush()
+            os.fsync(file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close the files, every one of them even where one cannot be written to its end."""
+        with ExitStack() as stack:
+            for file in (self._board, self._evaluations, self._metrics):
+                stack.callback(file.close)
+
+
+def _append_to(path: Path) -> TextIO:
+    return path.open("a", encoding="utf-8")
+
+
+def _line(report: StepReport | EvaluationReport) -> str:
+    return json.dumps(report._asdict(), allow_nan=False) + "\n"
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keep the whole lines up to `step`."""
+    lines = [json.dumps(row) + "\n" for row in read_records(path) if row["step"] <= step]
+    write_atomic(path, "".join(lines).encode())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a run's JSON lines; a last line that a killed process left unfinished is dropped.
+
+    Raises ValueError with file and line number for any other line that is not JSON.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number} is {line[:80]!r}; expected a JSON object with a step; "
+                "remove the line"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def draw_loss(run_dir: Path) -> Path | None:
+    """Draw bits per byte over the steps as loss.png; None where nothing was measured yet."""
+    steps = read_records(run_dir / METRICS)
+    evaluations = read_records(run_dir / EVALUATIONS)
+    if not steps:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    at = [row["step"] for row in steps]
+    values = [row["bits_per_byte"] for row in steps]
+    axes.plot(at, values, color="0.8", linewidth=0.8, label="training, each step")
+    axes.plot(at, smooth(values), color="tab:blue", label="training, smoothed")
+    if evaluations:
+        heldout = [row["bits_per_byte"] for row in evaluations]
+        label = f"held-out, {heldout[-1]:.3f} at the end"
+        places = [row["step"] for row in evaluations]
+        axes.plot(places, heldout, "o-", color="tab:orange", label=label)
+    axes.set(xlabel="step", ylabel="bits per byte", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = run_dir / f".{PICTURE}.tmp"
+    with temporary.open("wb") as file:
+        canvas.print_png(file)
+    return temporary.replace(run_dir / PICTURE)
+
+
+def smooth(values: Sequence[float], span: float = 0.02) -> list[float]:
+    """Return the exponential mean over about `span` of the curve, without bias at its start."""
+    keep = 1.0 - 1.0 / max(1.0, span * len(values))
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean = keep * mean + (1.0 - keep) * value
+        weight = keep * weight + (1.0 - keep)
+        result.append(mean / weight)
+    return result

@@ -1,0 +1,229 @@
+"""The configuration of a run, exactly the tables of its TOML file."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from transnormer.config import Config, apply_overrides, read_toml, validate
+from transnormer.models import zoo
+from transnormer.models.decoder import BlockConfig, DecoderConfig
+from transnormer.optim import OptimizerConfig
+
+_SIZES = ("model_dim", "num_layers", "heads", "glu_dim")
+
+
+class ModelConfig(Config):
+    """The model, in one of three forms.
+
+    Attributes:
+        name: a published size, as `tnl-385m`.
+        blocks: one table a block, with model_dim.
+        model_dim, num_layers, heads, glu_dim: a TransNormerLLM of these sizes.
+        vocab_size: rows of the embedding; None is the tokenizer's vocabulary, larger ones pad it.
+        tie_embeddings, dropout, init_std: replace the model's own where given.
+    """
+
+    name: str | None = None
+    blocks: tuple[BlockConfig, ...] | None = None
+    model_dim: int | None = Field(default=None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    glu_dim: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None, ge=1)
+    tie_embeddings: bool | None = None
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    init_std: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_form(self) -> "ModelConfig":
+        given = {key for key in ("name", "blocks", *_SIZES) if getattr(self, key) is not None}
+        if given not in ({"name"}, {"blocks", "model_dim"}, set(_SIZES)):
+            raise ValueError(
+                f"model has {', '.join(sorted(given)) or 'no keys'}; expected name alone, or "
+                "blocks and model_dim, or model_dim, num_layers, heads and glu_dim"
+            )
+        if self.name is not None and self.name not in zoo.names():
+            raise ValueError(f"name is {self.name!r}; expected one of {', '.join(zoo.names())}")
+        return self
+
+    def build(
+        self, vocab_size: int, *, pad: int | None, bos: int | None, eos: int | None
+    ) -> DecoderConfig:
+        """Return the model's configuration for a tokenizer's vocabulary and special ids."""
+        rows = self.vocab_size or vocab_size
+        if rows < vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {rows}; expected at least the tokenizer's {vocab_size}; "
+                "leave it out or raise it"
+            )
+        if self.name is not None:
+            config = zoo.get(self.name, vocab_size=rows)
+        elif self.blocks is not None:
+            config = DecoderConfig(
+                vocab_size=rows, model_dim=self.model_dim or 0, blocks=self.blocks
+            )
+        else:
+            config = zoo.tnl_custom(
+                vocab_size=rows,
+                model_dim=self.model_dim or 0,
+                num_layers=self.num_layers or 0,
+                heads=self.heads or 0,
+                glu_dim=self.glu_dim or 0,
+            )
+        own = {
+            key: getattr(self, key)
+            for key in ("tie_embeddings", "dropout", "init_std")
+            if getattr(self, key) is not None
+        }
+        ids = {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
+        return DecoderConfig.model_validate({**config.model_dump(), **own, **ids})
+
+
+class DataConfig(Config):
+    """The corpus.
+
+    Attributes:
+        path: a file, a glob or a folder of text, a folder that `transnormer tokenize` made, or
+            `embedded` (the text that ships with Python); a list mixes several by `weights`.
+        weights: how often each path of a list is drawn from; None is their sizes in tokens.
+        tokenizer: `bytes`, `bpe:N` (a byte-level BPE of N tokens trained on the training part), or
+            the path of a tokenizer. None is the tokenizer that belongs to a tokenised path, else
+            `bytes`.
+        seq: tokens of one sample.
+        packing: `stream` cuts the corpus into samples that carry on across documents; `documents`
+            starts every document from an empty state.
+        heldout: what is kept out of training: a share of each path (the end of a single document,
+            else whole documents), 0, or the path of a held-out text. None is a tenth, and for
+            `embedded` its own split.
+    """
+
+    path: str | tuple[str, ...] = "embedded"
+    weights: tuple[float, ...] | None = None
+    tokenizer: str | None = None
+    seq: int = Field(ge=1)
+    packing: Literal["stream", "documents"] = "stream"
+    heldout: float | str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Return `path` as a tuple."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @field_validator("heldout")
+    @classmethod
+    def _check_heldout(cls, heldout: float | str | None) -> float | str | None:
+        if isinstance(heldout, float) and not 0 <= heldout < 1:
+            raise ValueError(f"heldout is {heldout}; expected a share in [0, 1) or a path")
+        return heldout
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.paths or not all(self.paths):
+            raise ValueError(f"path is {self.path!r}; expected a path or `embedded`")
+        if self.weights is not None and (
+            len(self.weights) != len(self.paths) or not all(w > 0 for w in self.weights)
+        ):
+            raise ValueError(
+                f"weights is {list(self.weights)}; expected one positive number for each of the "
+                f"{len(self.paths)} paths"
+            )
+        return self
+
+
+class TrainConfig(Config):
+    """The loop.
+
+    Attributes:
+        steps: updates in all; the schedule spans them.
+        tokens_per_step: a multiple of data.seq: one update's samples times data.seq.
+        seed: of initialisation, dropout and the order of samples.
+        eval_every: steps between evaluations on the held-out part; 0 is only before and after.
+        eval_bytes: evaluate on so many bytes, spread over the held-out part; 0 is all of it.
+        save_every: steps between checkpoints; 0 is only at the end.
+        keep_last: checkpoints that are kept; 0 keeps all.
+        precision: `auto` is bfloat16 autocast on a GPU and on a CPU with AMX, float32 elsewhere.
+        micro_batch: samples in one forward pass, whose gradients add up; None is all of a step.
+        max_minutes: stop after the step in which the run's own time exceeds it (over all its
+            resumptions). The schedule is by steps and is cut off.
+        device: `auto` is the first GPU, or the CPU where there is none.
+    """
+
+    steps: int = Field(ge=1)
+    tokens_per_step: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    eval_every: int = Field(default=0, ge=0)
+    eval_bytes: int = Field(default=0, ge=0)
+    save_every: int = Field(default=0, ge=0)
+    keep_last: int = Field(default=2, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    micro_batch: int | None = Field(default=None, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class OutputConfig(Config):
+    """Where the run directory is."""
+
+    dir: str = Field(min_length=1)
+
+
+class ParallelConfig(Config):
+    """Ranks along each mesh axis: replicas, shards, sequence parts, tensor parts."""
+
+    dp_replicate: int = Field(default=1, ge=1)
+    dp_shard: int = Field(default=1, ge=1)
+    sp: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1)
+
+    def refuse_more_than_one(self) -> None:
+        """Raise NotImplementedError for an axis of more than one rank: one device trains."""
+        for name, size in self.model_dump().items():
+            if size > 1:
+                raise NotImplementedError(
+                    f"parallel.{name} is {size}; expected 1: training on several devices is not "
+                    "available; set it to 1"
+                )
+
+
+class RunConfig(Config):
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    output: OutputConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> "RunConfig":
+        train = self.train
+        if train.tokens_per_step % self.data.seq:
+            near = max(1, round(train.tokens_per_step / self.data.seq)) * self.data.seq
+            raise ValueError(
+                f"train.tokens_per_step is {train.tokens_per_step}; expected a multiple of "
+                f"data.seq, which is {self.data.seq}; for example {near}"
+            )
+        if train.micro_batch is not None and self.samples_per_step % train.micro_batch:
+            raise ValueError(
+                f"train.micro_batch is {train.micro_batch}; expected a divisor of the "
+                f"{self.samples_per_step} samples of a step (tokens_per_step / data.seq)"
+            )
+        return self
+
+    @property
+    def samples_per_step(self) -> int:
+        """Return the samples of data.seq tokens in one update."""
+        return self.train.tokens_per_step // self.data.seq
+
+    @property
+    def micro_batch(self) -> int:
+        """Return the samples in one forward pass."""
+        return self.train.micro_batch or self.samples_per_step
+
+
+def read_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's TOML file with overrides `a.b=value`; every mistake is one ValueError line."""
+    data = apply_overrides(read_toml(path), overrides or [])
+    return validate(RunConfig, data, source=str(path))

@@ -1,0 +1,104 @@
+"""The state as an object: copies, rows, and files that know their model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoder_cases import make_ids, make_model, tnl_config
+
+from transnormer.models.decoder import Decoder
+from transnormer.models.state import DecoderState
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return make_model()
+
+
+def same(a: DecoderState, b: DecoderState) -> bool:
+    layers = all(torch.equal(x, y) for x, y in zip(a.layers, b.layers, strict=True))
+    return layers and torch.equal(a.positions, b.positions)
+
+
+def test_saved_state_continues_exactly(model: Decoder, tmp_path: Path) -> None:
+    state = model(make_ids(2, 30)).state
+    state.save(tmp_path / "state.safetensors", model)
+    loaded = DecoderState.load(tmp_path / "state.safetensors", model)
+    assert same(loaded, state)
+    ids = make_ids(2, 5, seed=8)
+    assert torch.equal(model(ids, state=loaded).logits, model(ids, state=state).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_saved_state_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_model(dtype=dtype)
+    state = model(make_ids(1, 5)).state
+    state.save(tmp_path / "state", model)
+    loaded = DecoderState.load(tmp_path / "state", model)
+    assert same(loaded, state)
+    assert loaded.layers[0].dtype == state.layers[0].dtype
+
+
+def test_another_models_state_is_refused(model: Decoder, tmp_path: Path) -> None:
+    model(make_ids(1, 5)).state.save(tmp_path / "state", model)
+    other = make_model()
+    with torch.no_grad():
+        other.blocks[0].token_mixer.out_proj.weight += 1e-3
+    with pytest.raises(ValueError, match=r"state.*expected.*fingerprint"):
+        DecoderState.load(tmp_path / "state", other)
+
+
+def test_damaged_and_missing_files_are_named(model: Decoder, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    with pytest.raises(FileNotFoundError, match=str(path)):
+        DecoderState.load(path, model)
+    model(make_ids(1, 5)).state.save(path, model)
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not a state at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path)):
+            DecoderState.load(path, model)
+
+
+def test_a_file_that_is_no_state_is_refused(model: Decoder, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, str(tmp_path / "weights.safetensors"))
+    with pytest.raises(ValueError, match="weights.safetensors"):
+        DecoderState.load(tmp_path / "weights.safetensors", model)
+
+
+def test_saving_leaves_no_other_file(model: Decoder, tmp_path: Path) -> None:
+    state = model(make_ids(1, 5)).state
+    for _ in range(2):
+        state.save(tmp_path / "state", model)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_clone_shares_nothing(model: Decoder) -> None:
+    state = model(make_ids(1, 5)).state
+    copy = state.clone()
+    copy.layers[0].zero_()
+    copy.positions.zero_()
+    assert bool((state.layers[0] != 0).any())
+    assert state.positions.tolist() == [5]
+
+
+def test_select_takes_rows_in_order(model: Decoder) -> None:
+    ids = make_ids(3, 10)
+    state = model(ids).state
+    chosen = state.select([2, 0, 2])
+    assert chosen.positions.tolist() == [10, 10, 10]
+    assert torch.equal(chosen.layers[1], state.layers[1][[2, 0, 2]])
+    assert same(state.select(torch.tensor([1])), state.select([1]))
+
+
+def test_states_are_not_detached() -> None:
+    state = make_model(tnl_config())(make_ids(1, 5)).state
+    assert all(layer.requires_grad for layer in state.layers)
+    assert not any(layer.requires_grad for layer in state.detach().layers)
+
+
+def test_to_moves_layers_and_positions(model: Decoder) -> None:
+    moved = model(make_ids(1, 5)).state.to("meta")
+    assert {x.device.type for x in (*moved.layers, moved.positions)} == {"meta"}

@@ -1,0 +1,106 @@
+"""The one place for numeric limits: how far a result may be from the exact one, and why.
+
+An error is rms(actual - exact) / rms(exact), with ``exact`` in float64. Elementwise limits are
+not used: single entries of a sum that cancels are off by any factor without a fault.
+"""
+
+import torch
+from torch import Tensor
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)} | {
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+    torch.float16: torch.finfo(torch.float16).eps,
+}
+
+# Sums of up to 1,000 products, accumulated in the op's accumulation dtype. The token recurrence
+# adds them one after the other, which costs it sqrt(1000) / 6 = 5 eps; chunks stay below 2 eps.
+# Half precision shows the one rounding on the way out (eps / 2 at most, 0.3 eps rms).
+OUTPUT = {
+    torch.float64: 1e-12,
+    torch.float32: 8 * EPS[torch.float32],
+    torch.bfloat16: 1 * EPS[torch.bfloat16],
+    torch.float16: 1 * EPS[torch.float16],
+}
+
+# A gradient passes through twice as many sums, and log_decay's is a difference of large ones.
+GRADIENT = {
+    torch.float64: 1e-11,
+    torch.float32: 16 * EPS[torch.float32],
+    torch.bfloat16: 2 * EPS[torch.bfloat16],
+    torch.float16: 2 * EPS[torch.float16],
+}
+
+# The gradient of a constant log_decay, relative to sqrt(sum of squares) of its terms: where nothing
+# decays, the rounding of the state stays in every later term, so it adds up along the sequence
+# (40 eps seen at 257 tokens in each form).
+LOG_DECAY_GRADIENT = GRADIENT | {
+    torch.float64: 1e-10,
+    torch.float32: 128 * EPS[torch.float32],
+}
+
+# States are float32 for half inputs, so they show no rounding to the input's dtype.
+STATE = {
+    torch.float64: 1e-12,
+    torch.float32: 8 * EPS[torch.float32],
+    torch.bfloat16: 8 * EPS[torch.float32],
+    torch.float16: 8 * EPS[torch.float32],
+}
+
+# Acceptance: dense = tiles = chunks = recurrence in float32 (architecture note, section O.3).
+FORMS_FLOAT32 = 1e-5
+# Gradients of the chunked form against the closed formulas in float64 (O.3).
+FORMS_GRADIENT_FLOAT64 = 1e-10
+
+# Scores at position offset 4,000,000 against those at offset 0 (spec, decision 5).
+LRPE_OFFSET = 1e-5
+
+# Training, prefill and steps agree at every split, as a share of the logits' standard deviation
+# (spec, decision 6).
+SPLIT_CPU = 1e-5
+SPLIT_GPU = 1e-4
+
+# A float64 model against the float64 oracle: slopes are rounded to float32 (5e-8 on the logits).
+DECODER_FLOAT64 = 1e-6
+DECODER_FLOAT32 = 1e-5
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """rms(actual - exact) / rms(exact), in float64; 0 for two equal or empty tensors."""
+    difference = actual.detach().double() - exact.detach().double()
+    if difference.numel() == 0 or not bool((difference != 0).any()):
+        return 0.0
+    scale = exact.detach().double().square().mean().sqrt().item()
+    return difference.square().mean().sqrt().item() / scale if scale else float("inf")
+
+
+def assert_close(
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor | None = None,
+    *,
+    limit: float | None = None,
+    scale: Tensor | None = None,
+    name: str = "result",
+) -> None:
+    """Fail unless ``actual`` has the shape of ``exact`` and an error within the limit.
+
+    Args:
+        actual: what is tested.
+        exact: the truth, float64.
+        baseline: a trusted computation in actual's dtype; the limit is then twice its error plus
+            one eps of the dtype.
+        limit: relative error; default ``OUTPUT`` of actual's dtype.
+        scale: what the error is relative to, instead of exact: for a sum of many terms that
+            cancel, sqrt(sum of their squares), since that is what rounding is relative to.
+        name: for the message.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
+    assert bool(torch.isfinite(actual).all()), f"{name} has NaN or infinite entries"
+    error = relative_error(actual, exact)
+    if scale is not None and error:
+        error *= (exact.double().square().mean() / scale.double().square().mean()).sqrt().item()
+    if baseline is not None:
+        limit = 2 * relative_error(baseline, exact) + EPS[actual.dtype]
+    elif limit is None:
+        limit = OUTPUT[actual.dtype]
+    assert error <= limit, f"{name}: relative error {error:.3g} exceeds {limit:.3g}"

@@ -1,0 +1,96 @@
+"""Run configurations: the tables of the TOML file and what they refuse."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from transnormer.models.decoder import Decoder
+from transnormer.train import RunConfig, read_run, run_training
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+IDS = {"pad": 256, "bos": 257, "eos": 258}
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    config = read_run(path)
+    assert config.model.build(64_000, **IDS).vocab_size == 64_000
+
+
+@pytest.mark.parametrize("stem", ["quickstart", "tinyshakespeare"])
+def test_small_recipes_have_at_most_3_million_parameters(stem: str) -> None:
+    config = read_run(RECIPES / f"{stem}.toml")
+    assert Decoder(config.model.build(259, **IDS)).num_parameters() <= 3_000_000
+
+
+def test_a_run_survives_json(make_config: MakeConfig) -> None:
+    config = make_config("model.dropout=0", "data.heldout=0.25")
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_models_have_three_forms(make_config: MakeConfig) -> None:
+    sizes = make_config().model.build(259, **IDS)
+    assert (sizes.model_dim, len(sizes.blocks), sizes.dropout) == (32, 2, 0.1)
+    assert (sizes.pad_token_id, sizes.bos_token_id, sizes.eos_token_id) == (256, 257, 258)
+    inline = {"model_dim": 32, "blocks": [block.model_dump() for block in sizes.blocks]}
+    data = {**make_config().model_dump(), "model": inline}
+    assert RunConfig.model_validate(data).model.build(259, **IDS).blocks == sizes.blocks
+    data = {**make_config().model_dump(), "model": {"name": "tnl-385m"}}
+    assert len(RunConfig.model_validate(data).model.build(259, **IDS).blocks) == 24
+
+
+def test_a_vocabulary_may_be_padded_but_not_cut(make_config: MakeConfig) -> None:
+    assert make_config("model.vocab_size=320").model.build(259, **IDS).vocab_size == 320
+    with pytest.raises(ValueError, match="model.vocab_size is 258; expected at least .* 259"):
+        make_config("model.vocab_size=258").model.build(259, **IDS)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stesp=1", r"train.stesp is an unknown key; .*did you mean steps"),
+        ("train.steps=1.5", r"train.steps is 1.5; expected an integer"),
+        ("train.steps=0", r"train.steps is 0; expected: .*greater than or equal to 1"),
+        ("train.tokens_per_step=65", r"train.tokens_per_step is 65; expected a multiple of .* 16"),
+        ("train.micro_batch=3", r"train.micro_batch is 3; expected a divisor of the 4 samples"),
+        ("train.precision=fp8", r"train.precision is 'fp8'; expected 'auto'"),
+        ("model.name=tnl-9b", r"model has .*; expected name alone"),
+        ("model.heads=none", r"model.heads is 'none'; expected an integer"),
+        ("data.heldout=1.0", r"data.heldout is 1.0; expected a share"),
+        ("data.weights=[1.0, 2.0]", r"data.weights is \[1.0, 2.0\]; expected one positive number"),
+        ("data.seq=0", r"data.seq is 0"),
+        ("data.path=", r"data.path is ''; expected a path"),
+        ("optimizer.schedule=linear", r"optimizer.schedule is 'linear'; expected 'cosine'"),
+        ("optimizer.lr=0", r"optimizer.lr is 0"),
+        ("output.dir=", r"output.dir is ''"),
+        ("parallel.pp=2", r"parallel.pp is an unknown key"),
+    ],
+)
+def test_mistakes_name_the_key(make_config: MakeConfig, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        make_config(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_are_refused(make_config: MakeConfig) -> None:
+    data = {**make_config().model_dump(), "model": {"name": "tnl-9b"}}
+    with pytest.raises(ValueError, match="name is 'tnl-9b'; expected one of tnl-385m"):
+        RunConfig.model_validate(data)
+
+
+@pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "sp", "tp"])
+def test_more_than_one_device_is_refused(make_config: MakeConfig, axis: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"parallel.{axis} is 2; expected 1"):
+        run_training(make_config(f"parallel.{axis}=2"))
+
+
+def test_several_processes_are_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NotImplementedError, match="the launcher started 2 processes; expected 1"):
+        run_training(make_config())
+    assert not Path(make_config().output.dir).exists()

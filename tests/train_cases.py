@@ -1,0 +1,95 @@
+"""A run so small that a step takes milliseconds, and what watches it."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from transnormer.config import apply_overrides, validate
+from transnormer.train import EvaluationReport, RunConfig, StepReport, run_training
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "box",
+    "quietly",
+]
+
+
+def some_text(length: int = 4000) -> str:
+    """A text of words in a fixed order without a short period."""
+    words, number = [], 1
+    while sum(map(len, words)) < length:
+        number = number * 48271 % 2147483647
+        words.append(WORDS[number % len(WORDS)])
+    return " ".join(words)
+
+
+class Notes:
+    """A Progress that keeps everything."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.steps: list[StepReport] = []
+        self.evaluations: list[EvaluationReport] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def step(self, report: StepReport, steps: int) -> None:
+        self.steps.append(report)
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        self.evaluations.append(report)
+
+
+class Found(NamedTuple):
+    """What the stand-in for an evaluation returns."""
+
+    tokens: int
+    bytes: int
+    nats_per_token: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats_per_token * self.tokens / self.bytes / math.log(2)
+
+
+def constant_evaluation(model: Any, tokenizer: Any, texts: Sequence[str]) -> Found:
+    """An evaluation that costs nothing; it must find the model in eval mode."""
+    assert not model.training
+    size = sum(len(text.encode()) for text in texts)
+    return Found(size, size, 2.0)
+
+
+def tiny_run(folder: Path, *overrides: str) -> RunConfig:
+    """A run in folder/run on a text in folder; overrides as on the command line."""
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        corpus.write_text(some_text())
+    data = {
+        "model": {"model_dim": 32, "num_layers": 2, "heads": 2, "glu_dim": 32, "dropout": 0.1},
+        "data": {"path": str(corpus), "seq": 16},
+        "train": {"steps": 6, "tokens_per_step": 64, "precision": "float32", "device": "cpu"},
+        "optimizer": {"lr": 1e-2, "warmup": 2},
+        "output": {"dir": str(folder / "run")},
+    }
+    return validate(RunConfig, apply_overrides(data, overrides), source="test")
+
+
+def train_once(config: RunConfig) -> None:
+    """Continue a run on one thread: what a process of its own does."""
+    torch.set_num_threads(1)
+    run_training(config, resume=True)
