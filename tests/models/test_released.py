@@ -387,6 +387,21 @@ def test_parts_that_the_decoder_lacks_are_refused(model_dir: Path, field: str, v
         checkpoint.load(model_dir)
 
 
+def test_names_are_those_of_the_released_code() -> None:
+    expected = {
+        "embedding.weight": EMBEDDING,
+        "lm_head.weight": HEAD,
+        "blocks.12.token_mixer.qkvu_proj.weight": layer(12, QKVU),
+        "blocks.0.token_mixer.lrpe.theta": layer(0, THETA),
+        "blocks.3.channel_mixer.gate_proj.weight": layer(3, L1),
+        "blocks.3.channel_mixer.up_proj.weight": layer(3, "channel_mixer.l2.weight"),
+        "blocks.3.channel_mixer.down_proj.weight": layer(3, "channel_mixer.l3.weight"),
+    }
+    assert {name: released.theirs(name) for name in expected} == expected
+    assert {released.ours(name): name for name in expected.values()} == expected
+    assert released.ours("model.layers.0.token_mixer.slopes") is None
+
+
 def with_block(index: int, **changes: object) -> DecoderConfig:
     """The small model with one block changed."""
     config = tnl_config()
@@ -401,7 +416,7 @@ INEXPRESSIBLE = {
     r"config\.blocks\[0\]\.token_mixer\.v_activation": variant_config({"v_activation": "silu"}),
     r"config\.blocks\[0\]\.channel_mixer\.activation": variant_config(glu={"activation": "silu"}),
     r"config\.blocks\[0\]\.norm\.kind is 'rms'": variant_config(norm=NormConfig(kind="rms")),
-    r"config\.blocks\[1\]\.channel_mixer\.kind is 'ffn'": with_block(
+    r"config\.blocks\[1\]\.channel_mixer\.kind is 'ffn'; expected 'glu', the only": with_block(
         1, channel_mixer=FfnConfig(hidden_dim=48)
     ),
     r"config\.blocks\[2\]\.norm\.eps": with_block(2, norm=NormConfig(eps=1e-5)),

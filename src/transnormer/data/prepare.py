@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from transnormer.data.corpus import Corpus, first_characters
 from transnormer.data.embedded import Split
-from transnormer.data.files import atomic_directory, write_synced
 from transnormer.data.shards import Manifest, TokenSource, write_shards
 from transnormer.data.tokenizers import BpeTokenizer, Tokenizer, load_tokenizer, train_bpe
 from transnormer.data.tokenizers.bpe import Digits
+from transnormer.files import atomic_directory, write_synced
 
 TRAIN: Split = "train"
 HELDOUT: Split = "heldout"

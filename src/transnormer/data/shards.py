@@ -19,8 +19,8 @@ import numpy as np
 
 from transnormer.config import Config, validate
 from transnormer.data.document import Document
-from transnormer.data.files import atomic_directory, sha256_file, write_synced
 from transnormer.data.tokenizers.base import Tokenizer, start_id
+from transnormer.files import atomic_directory, sha256, write_synced
 
 MANIFEST = "manifest.json"
 FORMAT = "transnormer-shards-1"
@@ -176,9 +176,9 @@ class _ShardWriter:
             num_tokens=self.num_tokens,
             num_documents=len(self._ends),
             num_bytes=sum(entry["bytes"] for entry in self._documents),
-            sha256_bin=sha256_file(paths["bin"]),
-            sha256_idx=sha256_file(paths["idx"]),
-            sha256_docs=sha256_file(paths["docs"]),
+            sha256_bin=sha256(paths["bin"]),
+            sha256_idx=sha256(paths["idx"]),
+            sha256_docs=sha256(paths["docs"]),
         )
 
 
@@ -322,7 +322,7 @@ def _open_shard(
         raise _corrupt(paths["bin"], f"has {size} bytes, not {expected}")
     if verify:
         for which, path in paths.items():
-            if sha256_file(path) != getattr(shard, f"sha256_{which}"):
+            if sha256(path) != getattr(shard, f"sha256_{which}"):
                 raise _corrupt(path, "has changed: its sha256 differs")
     try:
         ends = np.load(paths["idx"], allow_pickle=False)

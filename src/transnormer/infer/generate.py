@@ -68,11 +68,6 @@ def generate(
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     prompts = _checked_prompts(input_ids, model.config.vocab_size)
-    if state is not None and len(state.positions) != len(prompts):
-        raise ValueError(
-            f"state has {len(state.positions)} rows; expected {len(prompts)}, one for each prompt; "
-            "use state.select(rows)"
-        )
     return Generation(
         model,
         prompts,

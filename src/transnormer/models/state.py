@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from transnormer import files
+from transnormer.files import write_atomic
 
 _FORMAT = "transnormer-state-1"
 
@@ -72,7 +72,7 @@ class DecoderState(NamedTuple):
             "fingerprint": model.fingerprint(),
             "tokens": ",".join(str(n) for n in self.positions.tolist()),
         }
-        files.write_atomic(Path(path), serialize(tensors, metadata))
+        write_atomic(Path(path), serialize(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: Any) -> Self:

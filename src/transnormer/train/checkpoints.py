@@ -18,9 +18,9 @@ from torch import Tensor
 
 from transnormer.config import Config, validate
 from transnormer.data.tokenizers import Tokenizer
+from transnormer.files import read_json, sha256, sync, write_json
 from transnormer.models.checkpoint import write_weights
 from transnormer.models.decoder import Decoder
-from transnormer.models.tensor_files import read_json, sha256, sync, write_json
 from transnormer.optim import Optimizer
 
 COMPLETE = "COMPLETE"

@@ -19,8 +19,8 @@ from transnormer.data import (
     open_tokenized,
     tokenize_corpus,
 )
-from transnormer.data.files import atomic_directory
 from transnormer.data.shards import MANIFEST
+from transnormer.files import atomic_directory
 from transnormer.train.recipe import DataConfig
 
 _TOKENIZER = "tokenizer"

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
-from transnormer.data.files import write_atomic
+from transnormer.files import write_atomic
 
 METRICS, EVALUATIONS, PICTURE = "metrics.jsonl", "evaluations.jsonl", "loss.png"
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transnormer.config import validate
-from transnormer.data.files import write_atomic
-from transnormer.models.tensor_files import read_json
+from transnormer.files import read_json, write_atomic
 from transnormer.train.recipe import RunConfig
 
 CONFIG, LOCK = "config.json", ".lock"

@@ -19,6 +19,7 @@ from transnormer.models.decoder import Decoder
 from transnormer.optim import build_optimizer
 from transnormer.parallel import current_world
 from transnormer.train import checkpoints
+from transnormer.train.allocator import keep_freed_memory
 from transnormer.train.checkpoints import Counters
 from transnormer.train.corpus import Corpus, open_corpus, sample_texts
 from transnormer.train.metrics import (
@@ -152,6 +153,8 @@ class Trainer:
         self.config, self.run_dir, self.corpus = config, run_dir, corpus
         self.progress, self.sync, self.evaluate = progress, sync, evaluate
         self.device = choose_device(train.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         precision = choose_precision(train.precision, self.device)
         self.counters = Counters(step=0, next_sample=0, tokens=0, seconds=0.0, precision=precision)
         self.parts = config.samples_per_step // config.micro_batch // sync.world_size

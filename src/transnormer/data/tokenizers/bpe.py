@@ -10,9 +10,9 @@ import tokenizers
 from tokenizers import decoders as hf_decoders
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from transnormer.data.files import write_atomic
 from transnormer.data.tokenizers.base import TableTokenizer
 from transnormer.data.tokenizers.pieces import SPACE, byte_of_piece, cut_pieces
+from transnormer.files import write_atomic
 
 FILE_NAME = "tokenizer.json"
 SPECIALS = ("<pad>", "<s>", "</s>")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transnormer.data.files import write_atomic
 from transnormer.data.tokenizers.base import TableTokenizer
+from transnormer.files import write_atomic
 
 FILE_NAME = "byte_tokenizer.json"
 _SPECIALS = {"<pad>": 256, "<s>": 257, "</s>": 258}

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transnormer.data.files import write_atomic
 from transnormer.data.tokenizers.base import TableTokenizer
 from transnormer.data.tokenizers.pieces import SPACE, byte_of_piece, cut_pieces
+from transnormer.files import write_atomic
 
 FILE_NAME = "tokenizer.model"
 # ModelProto.trainer_spec is field 2, ModelProto.normalizer_spec field 3 (sentencepiece_model.proto).

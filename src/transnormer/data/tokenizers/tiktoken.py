@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transnormer.data.files import write_atomic
 from transnormer.data.tokenizers.base import TableTokenizer
+from transnormer.files import write_atomic
 
 FILE_NAME = "tokenizer.tiktoken"
 _END = "<|endoftext|>"
