@@ -78,4 +78,4 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 def test_a_text_begins_with_the_models_own_token() -> None:
     assert begin_id(make_model(tnl_config(bos_token_id=7)), ByteTokenizer()) == 7
-    assert begin_id(make_model(), ByteTokenizer()) == ByteTokenizer().eos_id
+    assert begin_id(make_model(), ByteTokenizer()) == ByteTokenizer().bos_id

@@ -1,6 +1,7 @@
 """Checks at the public door of an op: one style of error for shapes, dtypes and values."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def no_autocast(kind: str) -> AbstractContextManager[object]:
+    """Autocast off on a kind of device, if it is on there."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def values_are_visible(x: Tensor) -> bool:

@@ -170,9 +170,11 @@ def linear_attention(
             # A packed row flipped whole has its sequences in the opposite order.
             cu_seqlens = cu_seqlens[-1] - cu_seqlens.flip(0)
             initial_state = initial_state.flip(0)
-    o, final_state = row.run(
-        q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
-    )
+    # Autocast has done its part; inside the op it would round the float32 sums too.
+    with checks.no_autocast(q.device.type):
+        o, final_state = row.run(
+            q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+        )
     if reverse:
         o = o.flip(1)
         final_state = final_state if cu_seqlens is None else final_state.flip(0)

@@ -18,17 +18,15 @@ Legend: B batch, H kv heads, G query heads a kv head, T seq, X rows (B * H, pack
 a segment, C tokens a chunk, K key dim, V value dim.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.checks import accumulation_dtype, no_autocast
 from transnormer.ops.linear_attention.chunk_decay import (
     ChunkDecay,
     ConstantDecay,
-    Factors,
     KeyGate,
     NoDecay,
     ScalarGate,
@@ -166,18 +164,81 @@ def _decayed(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _enter_states(
-    segment: _Segment, carry: Tensor, initial: Tensor, added: Tensor, factors: Factors | None
-) -> Iterator[tuple[int, _Chunk, Tensor, Tensor]]:
-    """Walk the chunks: yields (index, chunk, state that enters, state that leaves)."""
-    for n, chunk in enumerate(segment.chunks):
-        entering = initial[chunk.sequence] if chunk.first else carry
-        if factors is None:
-            carry = entering + added[:, n]
-        else:
-            total = factors.total[:, min(n, factors.total.shape[1] - 1)].mT
-            carry = torch.addcmul(added[:, n], entering, total)
-        yield n, chunk, entering, carry
+class _Part:
+    """The arithmetic of one segment: q [X, N, C, G, K] scaled, k [X, N, C, K], v [X, N, C, V]."""
+
+    def __init__(
+        self, decay: ChunkDecay, q: Tensor, k: Tensor, v: Tensor, segment: _Segment
+    ) -> None:
+        self.decay, self.q, self.k, self.v, self.chunks = decay, q, k, v, segment.chunks
+        self.factors = decay.factors
+        self.query_factor = None if self.factors is None else self.factors.query[..., None, :]
+        self.key_factor = None if self.factors is None else self.factors.key
+        self.entry_q = _decayed(q, self.query_factor)
+        self.entry_k = _decayed(k, self.key_factor)
+        self.added = self.entry_k.mT @ v
+
+    def _total(self, n: int) -> Tensor | float:
+        """Decay of the state over chunk n, [X, 1 or K, 1]."""
+        if self.factors is None:
+            return 1.0
+        return self.factors.total[:, min(n, self.factors.total.shape[1] - 1)].mT
+
+    def _states(self, carry: Tensor, initial: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """States that enter the chunks, [X, N, K, V], and those that leave them, [X, K, V] each."""
+        entered, leaving = torch.empty_like(self.added), []
+        for n, chunk in enumerate(self.chunks):
+            entering = initial[chunk.sequence] if chunk.first else carry
+            entered[:, n] = entering
+            carry = self.added[:, n] + self._total(n) * entering
+            leaving.append(carry)
+        return entered, leaving
+
+    def forward(self, carry: Tensor, initial: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs, [X, N, C * G, V], and the last state; fills the final states that are reached."""
+        entered, leaving = self._states(carry, initial)
+        for chunk, state in zip(self.chunks, leaving, strict=True):
+            if chunk.last:
+                final[chunk.sequence] = state
+        out = self.decay.scores(self.q, self.k) @ self.v
+        return out.add_(self.entry_q.flatten(2, 3) @ entered), leaving[-1]
+
+    def backward(
+        self, do: Tensor, carry: Tensor, initial: Tensor, grad_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of q, k, v and log_decay (None without decay); moves grad_states on.
+
+        A sequence's row of grad_states holds the running gradient: of its final state before its
+        last chunk was met, of its initial state after its first one.
+        """
+        entered, _ = self._states(carry, initial)
+        left, flat_q = torch.empty_like(entered), self.entry_q.flatten(2, 3)
+        from_outputs = flat_q.mT @ do
+        for n, chunk in reversed(list(enumerate(self.chunks))):
+            left[:, n] = grad_states[chunk.sequence]
+            grad_states[chunk.sequence] *= self._total(n)
+            grad_states[chunk.sequence] += from_outputs[:, n]
+        scores = self.decay.scores(self.q, self.k)
+        grad_v = (scores.mT @ do).add_(self.entry_k @ left)
+        grad_q, grad_k = self.decay.scores_backward(self.q, self.k, scores, do @ self.v.mT)
+        grad_entry_q, grad_entry_k = (do @ entered.mT).view_as(self.q), self.v @ left.mT
+        grad_q += _decayed(grad_entry_q, self.query_factor)
+        grad_k += _decayed(grad_entry_k, self.key_factor)
+        return grad_q, grad_k, grad_v, self._grad_decay(grad_entry_q, grad_entry_k, entered, left)
+
+    def _grad_decay(
+        self, grad_entry_q: Tensor, grad_entry_k: Tensor, entered: Tensor, left: Tensor
+    ) -> Tensor | None:
+        if self.factors is None:
+            return None
+        shares = (
+            (grad_entry_q * self.entry_q).sum(3),
+            grad_entry_k * self.entry_k,
+            (self.factors.total.mT * entered * left).sum(-1)[:, :, None],
+        )
+        if self.factors.query.shape[-1] == 1:
+            shares = tuple(x.sum(-1, keepdim=True) for x in shares)
+        return self.decay.factors_backward(*shares)
 
 
 @torch.library.custom_op("transnormer::chunked_linear_attention", mutates_args=())
@@ -201,19 +262,9 @@ def _chunked(
     carry, queries, outputs = initial[0], layout.split_heads(q), layout.split_heads(o)
     for index, segment in enumerate(layout.segments(cu_seqlens)):
         boundary[index] = carry
-        decay = decays.of(segment)
-        factors = decay.factors
         q_, k_, v_ = (layout.gather(x, segment) for x in (queries, k, v))
-        q_ = q_ * scale
-        added = _decayed(k_, factors and factors.key).mT @ v_
-        entered = torch.empty_like(added)
-        for n, chunk, entering, leaving in _enter_states(segment, carry, initial, added, factors):
-            entered[:, n] = entering
-            carry = leaving
-            if chunk.last:
-                final[chunk.sequence] = leaving
-        out = decay.scores(q_, k_) @ v_
-        out += _decayed(q_, factors and factors.query[..., None, :]).flatten(2, 3) @ entered
+        part = _Part(decays.of(segment), q_ * scale, k_, v_, segment)
+        out, carry = part.forward(carry, initial, final)
         layout.scatter(out.unflatten(2, (-1, layout.groups)), outputs, segment)
     return o, final.view_as(initial_state), boundary
 
@@ -252,69 +303,25 @@ def _chunked_backward(
     decays = _Decays(layout, log_decay)
     initial = layout.states(initial_state)
     grad_states = layout.states(grad_final).clone()
-    grad_q, grad_k, grad_v = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
-    grad_decay = (
-        q.new_empty(0)
-        if log_decay is None
-        else log_decay.new_zeros(log_decay.shape, dtype=layout.dtype)
-    )
-    queries, grads_o = layout.split_heads(q), layout.split_heads(grad_o)
-    grad_queries = layout.split_heads(grad_q)
-    for index, segment in reversed(list(enumerate(layout.segments(cu_seqlens)))):
-        decay = decays.of(segment)
-        factors = decay.factors
-        q_, k_, v_, do = (layout.gather(x, segment) for x in (queries, k, v, grads_o))
-        q_ = q_ * scale
-        do = do.flatten(2, 3)
-        entry_q = _decayed(q_, factors and factors.query[..., None, :])
-        entry_k = _decayed(k_, factors and factors.key)
-        added = entry_k.mT @ v_
-        entered, left = torch.empty_like(added), torch.empty_like(added)
-        for n, _, entering, _ in _enter_states(segment, boundary[index], initial, added, factors):
-            entered[:, n] = entering
-        _leave_grads(segment, entry_q.flatten(2, 3).mT @ do, grad_states, left, factors)
-        scores = decay.scores(q_, k_)
-        grad_v_ = scores.mT @ do + entry_k @ left
-        grad_q_, grad_k_ = decay.scores_backward(q_, k_, scores, do @ v_.mT)
-        grad_entry_q = (do @ entered.mT).view_as(q_)
-        grad_entry_k = v_ @ left.mT
-        if factors is not None:
-            per_query, per_key = (grad_entry_q * entry_q).sum(3), grad_entry_k * entry_k
-            per_total = (factors.total.mT * entered * left).sum(-1)[:, :, None]
-            if factors.query.shape[-1] == 1:
-                per_query, per_key, per_total = (
-                    x.sum(-1, keepdim=True) for x in (per_query, per_key, per_total)
-                )
-            grad = decay.factors_backward(per_query, per_key, per_total)
-            decays.add_grad(grad, grad_decay, segment)
-        grad_q_ += _decayed(grad_entry_q, factors and factors.query[..., None, :])
-        grad_k_ += _decayed(grad_entry_k, factors and factors.key)
-        layout.scatter(grad_q_ * scale, grad_queries, segment)
-        layout.scatter(grad_k_, grad_k, segment)
-        layout.scatter(grad_v_, grad_v, segment)
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    decay_shape = (0,) if log_decay is None else log_decay.shape
+    grad_decay = q.new_zeros(decay_shape, dtype=layout.dtype)
+    queries, grads_o, grad_queries = (layout.split_heads(x) for x in (q, grad_o, grad_q))
+    # A backward pass may be called under autocast, which would round the sums of the products.
+    with no_autocast(q.device.type):
+        for index, segment in reversed(list(enumerate(layout.segments(cu_seqlens)))):
+            decay = decays.of(segment)
+            q_, k_, v_, do = (layout.gather(x, segment) for x in (queries, k, v, grads_o))
+            part = _Part(decay, q_ * scale, k_, v_, segment)
+            grads = part.backward(do.flatten(2, 3), boundary[index], initial, grad_states)
+            layout.scatter(grads[0] * scale, grad_queries, segment)
+            layout.scatter(grads[1], grad_k, segment)
+            layout.scatter(grads[2], grad_v, segment)
+            if grads[3] is not None:
+                decays.add_grad(grads[3], grad_decay, segment)
     if log_decay is not None:
         grad_decay = grad_decay.to(log_decay.dtype)
     return grad_q, grad_k, grad_v, grad_decay, grad_states.view_as(initial_state)
-
-
-def _leave_grads(
-    segment: _Segment, added: Tensor, grad_states: Tensor, left: Tensor, factors: Factors | None
-) -> None:
-    """Fill left with the gradient of the state that leaves each chunk; update grad_states.
-
-    A sequence's row of grad_states holds the running gradient: of its final state before its last
-    chunk was met, of its initial state after its first one.
-    """
-    for n, chunk in reversed(list(enumerate(segment.chunks))):
-        left[:, n] = grad_states[chunk.sequence]
-        if factors is None:
-            grad_states[chunk.sequence] += added[:, n]
-        else:
-            total = factors.total[:, min(n, factors.total.shape[1] - 1)].mT
-            grad_states[chunk.sequence] *= total
-            grad_states[chunk.sequence] += added[:, n]
 
 
 @_chunked_backward.register_fake

@@ -43,10 +43,14 @@ def _recurrence(
 ) -> tuple[Tensor, Tensor]:
     """One pass over inputs of the accumulation dtype; q is [B, T, H, G, K]."""
     g = _expanded_log_decay(log_decay, k.dtype)
-    decay = _decay(g).expand(-1, k.shape[1], -1, -1)
+    # Near 1 a float32 decay is off the same way at every token; expm1 rounds without direction.
+    near = g > -0.5
+    kept = near.to(g.dtype).expand(-1, k.shape[1], -1, -1)
+    rest = torch.where(near, g.clamp(min=-0.5).expm1(), _decay(g)).expand(-1, k.shape[1], -1, -1)
     outputs = []
     for t in range(k.shape[1]):
-        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        added = k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = kept[:, t, :, :, None] * state + (rest[:, t, :, :, None] * state + added)
         outputs.append(q[:, t] @ state)
     return torch.stack(outputs, 1), state
 

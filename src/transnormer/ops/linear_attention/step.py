@@ -8,29 +8,42 @@ from transnormer.ops import checks
 _MAX_TOKENS = 8
 
 
-def _decays(log_decay: Tensor | None, k: Tensor) -> Tensor | None:
-    """Any form of log_decay as decays [B or 1, tokens or 1, H, 1 or K], or None."""
+def _decays(log_decay: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Any form of log_decay as decays (kept, rest), [B or 1, tokens or 1, H, 1 or K], or None.
+
+    decay = kept + rest with kept 0 or 1: near 1 the float32 decay is off the same way at every
+    token, which adds up over a text; state + expm1(log_decay) * state rounds without direction.
+    """
     if log_decay is None:
         return None
-    decay = log_decay.to(checks.accumulation_dtype(k.dtype)).exp()
-    if decay.dim() == 1:
-        return decay.view(1, 1, -1, 1)
-    return decay if decay.dim() == 4 else decay[..., None]
+    g = log_decay.to(checks.accumulation_dtype(k.dtype))
+    if g.dim() == 1:
+        g = g.view(1, 1, -1, 1)
+    elif g.dim() == 3:
+        g = g[..., None]
+    near = g > -0.5
+    return near.to(g.dtype), torch.where(near, g.clamp(min=-0.5).expm1(), g.exp())
 
 
 def _advance(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, inplace: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: tuple[Tensor, Tensor] | None,
+    state: Tensor,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over q [B, T, H, G, K], k and v [B, T, H, dim] in the accumulation dtype."""
-    outputs = []
+    outputs, start = [], state
     for t in range(k.shape[1]):
         added = k[:, t, :, :, None] * v[:, t, :, None, :]
-        if decay is not None:
-            factor = decay[:, min(t, decay.shape[1] - 1), :, :, None]
-            state = state.mul_(factor) if inplace else state * factor
-        state = state.add_(added) if inplace else state + added
+        if decay is None:
+            state = state + added
+        else:
+            kept, rest = (x[:, min(t, x.shape[1] - 1), :, :, None] for x in decay)
+            state = torch.addcmul(torch.addcmul(added, state, rest), state, kept)
         outputs.append(q[:, t] @ state)
-    return torch.stack(outputs, 1), state
+    return torch.stack(outputs, 1), start.copy_(state) if inplace else state
 
 
 def _check(
@@ -64,11 +77,13 @@ def _check(
     accumulation = checks.accumulation_dtype(q.dtype)
     if state.dtype != accumulation:
         raise TypeError(f"state is {state.dtype}; expected {accumulation} for {q.dtype} inputs")
-    if slots is not None and (slots.dtype != torch.int32 or list(slots.shape) != [batch]):
-        raise ValueError(
-            f"slots is {slots.dtype} {list(slots.shape)}; expected int32 [batch], batch {batch}"
-        )
+    if slots is not None:
+        if slots.dtype != torch.int32:
+            raise TypeError(f"slots is {slots.dtype}; expected torch.int32")
+        checks.check_shape("slots", slots, (batch,), "batch")
     if log_decay is not None:
+        if not log_decay.is_floating_point():
+            raise TypeError(f"log_decay is {log_decay.dtype}; expected a floating dtype")
         checks.check_log_decay_values(log_decay)
 
 
@@ -123,6 +138,7 @@ def linear_attention_step(
             the pool.
         TypeError: dtypes that differ, or a state in another than the accumulation dtype.
     """
+    q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
     single = q.dim() == 3
     if single:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
@@ -136,16 +152,23 @@ def linear_attention_step(
     decay = _decays(_check_log_decay_shape(log_decay, k, single), k)
     dtype = checks.accumulation_dtype(q.dtype)
     q_ = q.to(dtype).unflatten(2, (k.shape[2], -1)) * scale
-    if slots is None:
-        o, state = _advance(q_, k.to(dtype), v.to(dtype), decay, state, inplace)
-    else:
-        o = _advance_slots(q_, k.to(dtype), v.to(dtype), decay, state, slots)
+    # Autocast has done its part; further in it would round the float32 sums too.
+    with checks.no_autocast(q.device.type):
+        if slots is None:
+            o, state = _advance(q_, k.to(dtype), v.to(dtype), decay, state, inplace)
+        else:
+            o = _advance_slots(q_, k.to(dtype), v.to(dtype), decay, state, slots)
     o = o.flatten(2, 3).to(q.dtype)
     return (o[:, 0] if single else o), state
 
 
 def _advance_slots(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, pool: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: tuple[Tensor, Tensor] | None,
+    pool: Tensor,
+    slots: Tensor,
 ) -> Tensor:
     if checks.values_are_visible(slots) and bool(((slots < -1) | (slots >= pool.shape[0])).any()):
         raise ValueError(
@@ -154,8 +177,8 @@ def _advance_slots(
         )
     rows = (slots >= 0).nonzero()[:, 0]
     used = slots[rows].long()
-    if decay is not None and decay.shape[0] > 1:
-        decay = decay[rows]
+    if decay is not None and decay[0].shape[0] > 1:
+        decay = (decay[0][rows], decay[1][rows])
     part, updated = _advance(q[rows], k[rows], v[rows], decay, pool[used], inplace=False)
     pool[used] = updated
     return torch.zeros(*q.shape[:4], v.shape[3], dtype=q.dtype, device=q.device).index_copy(
