@@ -14,9 +14,10 @@ import torch
 from decoder_cases import make_model, tnl_config
 from train_cases import some_text
 
+from transnormer import files
 from transnormer.cli import run
 from transnormer.data import ByteTokenizer, train_bpe
-from transnormer.models import checkpoint, tensor_files
+from transnormer.models import checkpoint
 
 RUN = """
 [model]
@@ -195,7 +196,9 @@ def test_tokenize_makes_what_train_reads(
     assert run(["tokenize", "train", "corpus.txt", bpe, "--vocab-size", "300", "--json"]) == 0
     assert last_json(capsys)["vocab_size"] == 300
     assert run(["tokenize", "encode", "corpus.txt", shards, "--tokenizer", bpe, "--json"]) == 0
-    assert last_json(capsys)["num_bytes"] == (inside / "corpus.txt").stat().st_size
+    made = last_json(capsys)
+    parts = made["train"]["num_bytes"] + made["heldout"]["num_bytes"]
+    assert parts == (inside / "corpus.txt").stat().st_size
     sets = [f"data.path={shards}", f"data.tokenizer={bpe}", f"output.dir={tmp_path / 'run'}"]
     options = [part for text in [*sets, "data.heldout=0"] for part in ("--set", text)]
     assert run(["train", "run.toml", *options]) == 0
@@ -224,8 +227,10 @@ def test_chat_remembers_resets_saves_and_loads(
     resumed = capsys.readouterr().out
     assert resumed.startswith("going on after 15 tokens\n")
     assert whole.endswith(resumed.removeprefix("going on after 15 tokens\n"))
-    chat(["other", "/reset", "hello"], monkeypatch, *greedy)
-    assert capsys.readouterr().out.endswith(whole[: whole.index("15 tokens")])
+    chat(["other", "/reset", "hello", f"/save {state}"], monkeypatch, *greedy)
+    reset = capsys.readouterr().out
+    assert whole[: whole.index("15 tokens")] in reset
+    assert "15 tokens are in" in reset
 
 
 def test_a_mistake_in_chat_does_not_end_it(
@@ -246,6 +251,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no argument": (["generate"], 2, "Missing argument 'CKPT'"),
     "option of another type": ([*GENERATE, "--seed", "x"], 2, "Invalid value for '--seed'"),
     "no such file": (["train", "absent.toml"], 2, "absent.toml is not a file"),
+    "a line end in a name": (["train", "ab\nsent.toml"], 2, "ab sent.toml is not a file"),
     "no TOML": (["train", "broken.toml"], 2, "broken.toml is not TOML"),
     "unknown key": ([*SET, "train.stepz=1"], 2, "train.stepz is an unknown key"),
     "wrong type": ([*SET, "train.steps=many"], 2, "train.steps is 'many'; expected an integer"),
@@ -342,10 +348,11 @@ def test_a_full_disk_is_a_failure_of_the_run(
     def refuse(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "write_json", refuse)
+    monkeypatch.setattr(files, "write_json", refuse)
     arguments = ["convert", "run", "out", "--to", "transnormer"]
     check_mistake(arguments, 1, "No space left on device", capsys)
-    assert not Path("out").exists()
+    assert not list(inside.glob("*out*"))
+    assert not list(inside.glob(".out*"))
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_traceback_on_demand(

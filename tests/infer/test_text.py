@@ -60,6 +60,7 @@ def test_the_text_ends_before_a_stop_string(stop: str) -> None:
 
 def test_the_first_of_several_stops_counts() -> None:
     assert "".join(stream("one two three", "three", "two")[0]) == "one "
+    assert "".join(stream("one two three", "wo", "two")[0]) == "one "
 
 
 def test_a_broken_off_stop_string_is_text() -> None:

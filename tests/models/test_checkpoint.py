@@ -10,6 +10,7 @@ import torch
 from decoder_cases import make_ids, make_model, tnl_config, variant_config
 from safetensors.torch import load_file, save_file
 
+from transnormer import files
 from transnormer.data import ByteTokenizer
 from transnormer.models import checkpoint, tensor_files
 from transnormer.models.decoder import Decoder
@@ -108,7 +109,7 @@ def test_a_write_that_fails_leaves_the_old_model(
     def refuse(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "write_json", refuse)
+    monkeypatch.setattr(files, "write_json", refuse)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(make_model(tnl_config(vocab_size=7)), saved)
     assert same_tensors(checkpoint.load(saved), make_model())
@@ -120,7 +121,7 @@ def step_directory(run: Path, step: int, saved: Path, *, complete: bool) -> Path
     step_dir = run / "checkpoints" / f"step_{step:08d}"
     shutil.copytree(saved, step_dir)
     if complete:
-        facts = {"sha256": tensor_files.sha256(step_dir / checkpoint.CONFIG)}
+        facts = {"sha256": files.sha256(step_dir / checkpoint.CONFIG)}
         marker = {"files": {checkpoint.CONFIG: facts}}
         (step_dir / checkpoint.COMPLETE).write_text(json.dumps(marker))
     return step_dir
@@ -176,7 +177,7 @@ def edit_weights(directory: Path, change: Callable[[dict], object]) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
-    digest = tensor_files.sha256(directory / "model.safetensors")
+    digest = files.sha256(directory / "model.safetensors")
     edit_config(directory, lambda data: data.update(weights={"model.safetensors": digest}))
 
 
@@ -191,7 +192,7 @@ def truncate(directory: Path) -> None:
     """Lose the second half of the weights, with a hash that says all is well."""
     data = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(data[: len(data) // 2])
-    digest = tensor_files.sha256(directory / "model.safetensors")
+    digest = files.sha256(directory / "model.safetensors")
     edit_config(directory, lambda raw: raw.update(weights={"model.safetensors": digest}))
 
 
@@ -293,6 +294,19 @@ def test_a_hub_id_is_downloaded(saved: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert same_tensors(checkpoint.load("someone/model"), make_model())
     assert asked[0][0] == "someone/model"
     assert "*.safetensors" in asked[0][1]
+
+
+@pytest.mark.parametrize("name", ["absent", "a/b/c", "exists/absent"])
+def test_the_hub_is_not_asked_for_a_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exists").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked"))
+    with pytest.raises(FileNotFoundError, match=f"{name} is not a directory; expected a run"):
+        checkpoint.load(name)
 
 
 def test_a_name_that_the_hub_does_not_know_is_not_found() -> None:

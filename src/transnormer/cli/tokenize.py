@@ -20,18 +20,38 @@ Corpus = Annotated[
 ]
 
 
+HeldOut = Annotated[
+    str | None,
+    typer.Option(
+        "--heldout",
+        metavar="SHARE|TEXT",
+        help="Kept out of training: a share, or another text; default: a tenth, and for embedded "
+        "its own split.",
+        show_default=False,
+    ),
+]
+
+
+def _heldout(given: str | None) -> float | str | None:
+    """A share where the option is a number, else the path of a text."""
+    try:
+        return None if given is None else float(given)
+    except ValueError:
+        return given
+
+
 @app.command("train")
 def train_tokenizer(
     corpus: Corpus,
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory for the tokenizer.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New directory for the tokenizer.")],
     vocab_size: Annotated[int, typer.Option(help="Number of ids, special ones included.")] = 4096,
+    heldout: HeldOut = None,
     as_json: common.Json = False,
 ) -> None:
-    """Train a byte-level BPE on a corpus."""
-    from transnormer.data import read_documents, train_bpe
+    """Train a byte-level BPE on the training part of a corpus."""
+    from transnormer import data
 
-    tokenizer = train_bpe((document.text for document in read_documents(corpus)), vocab_size)
-    tokenizer.save(target)
+    tokenizer = data.train_tokenizer(corpus, vocab_size, target, heldout=_heldout(heldout))
     if as_json:
         common.print_json(
             {
@@ -49,20 +69,28 @@ def encode(
     corpus: Corpus,
     target: Annotated[Path, typer.Argument(metavar="DST", help="New directory for the shards.")],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", metavar="PATH", help="bytes, a file or its directory.")
+        str,
+        typer.Option("--tokenizer", metavar="PATH", help="bytes, bpe:N, a file or its directory."),
     ] = "bytes",
+    heldout: HeldOut = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard.")] = 2**27,
     as_json: common.Json = False,
 ) -> None:
-    """Encode a corpus into token shards; data.path in a run's TOML may name their directory."""
-    from transnormer.data import load_tokenizer, read_documents, write_shards
+    """Encode a corpus into token shards; data.path in a run's TOML may name their directory.
 
-    words = load_tokenizer(tokenizer)
-    manifest = write_shards(
-        read_documents(corpus), words, target, source=corpus, shard_tokens=shard_tokens
+    DST then holds train, heldout and tokenizer.
+    """
+    from transnormer import data
+
+    made = data.tokenize_corpus(
+        corpus, tokenizer, target, heldout=_heldout(heldout), shard_tokens=shard_tokens
     )
-    facts = {"target": str(target), **manifest.model_dump(mode="json")}
     if as_json:
-        common.print_json(facts)
-    else:
-        typer.echo(f"{manifest.num_tokens:,} tokens are in {target}")
+        held = None if made.heldout is None else made.heldout.model_dump(mode="json")
+        train = made.train.model_dump(mode="json")
+        common.print_json({"target": str(target), "train": train, "heldout": held})
+        return
+    held_tokens = 0 if made.heldout is None else made.heldout.num_tokens
+    typer.echo(
+        f"{made.train.num_tokens:,} training and {held_tokens:,} held-out tokens are in {target}"
+    )

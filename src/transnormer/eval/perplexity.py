@@ -157,8 +157,9 @@ def _score_group(
         real = torch.arange(start, stop) < lengths[:active, None]
         inputs = padded[:active, start:stop].to(device)
         labels = padded[:active, start + 1 : stop + 1].to(device)
-        mask = None if bool(real.all()) else real.to(device)
-        logits, state = model(inputs, state=state, mask=mask)
+        # A row leaves the batch after the chunk in which its document ends: pads are read by states
+        # that nobody reads again, so no mask is needed.
+        logits, state = model(inputs, state=state)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses = losses.view(labels.shape).cpu().double().masked_fill(~real, 0.0)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from transnormer import files
 from transnormer.config import validate
 from transnormer.data.tokenizers import find_tokenizer_file
 from transnormer.models import tensor_files
@@ -66,9 +67,9 @@ def save(model: Decoder, path: str | Path, *, layout: Layout = "transnormer") ->
             write_weights(model, temporary)
         else:
             tensor_files.write_tensors(tensors, temporary)
-            tensor_files.write_json(raw, temporary / CONFIG)
+            files.write_json(raw, temporary / CONFIG)
         temporary.chmod(0o755)
-        tensor_files.sync(temporary)
+        files.sync(temporary)
         _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -97,7 +98,7 @@ def load(
     """
     directory = find_model(path_or_hub_id)
     _check_marker(directory)
-    raw = tensor_files.read_json(directory / CONFIG)
+    raw = files.read_json(directory / CONFIG)
     if released.is_released(raw):
         stored = tensor_files.read_tensors(directory)
         config, stored = released.read(raw, stored, directory / CONFIG)
@@ -135,22 +136,22 @@ def write_weights(
         tokenizer_fingerprint: of the tokenizer that the model was trained with.
     """
     assert isinstance(model, Decoder)
-    files = tensor_files.write_tensors(model.state_dict(), directory)
+    written = tensor_files.write_tensors(model.state_dict(), directory)
     raw: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "format": FORMAT,
         "decoder": model.config.model_dump(mode="json"),
-        "weights": {file.name: tensor_files.sha256(file) for file in files},
+        "weights": {file.name: files.sha256(file) for file in written},
     }
     if tokenizer_fingerprint is not None:
         raw["tokenizer_fingerprint"] = tokenizer_fingerprint
-    tensor_files.write_json(raw, directory / CONFIG)
+    files.write_json(raw, directory / CONFIG)
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
     """The configuration of a model's directory; a released one is inferred from its tensors."""
     directory = Path(directory)
-    raw = tensor_files.read_json(directory / CONFIG)
+    raw = files.read_json(directory / CONFIG)
     if released.is_released(raw):
         stored = tensor_files.read_tensors(directory)
         return released.read(raw, stored, directory / CONFIG)[0]
@@ -159,7 +160,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
 
 def tokenizer_fingerprint(directory: str | Path) -> str | None:
     """Fingerprint of the tokenizer a model was trained with, where its directory says so."""
-    value = tensor_files.read_json(Path(directory) / CONFIG).get("tokenizer_fingerprint")
+    value = files.read_json(Path(directory) / CONFIG).get("tokenizer_fingerprint")
     return None if value is None else str(value)
 
 
@@ -243,9 +244,9 @@ def _check_marker(directory: Path) -> None:
     """Compare config.json, which holds the hashes of the weights, with a step's COMPLETE marker."""
     if not (directory / COMPLETE).is_file():
         return
-    listed = tensor_files.read_json(directory / COMPLETE).get("files", {})
+    listed = files.read_json(directory / COMPLETE).get("files", {})
     expected = listed.get(CONFIG, {}).get("sha256") if isinstance(listed, dict) else None
-    if expected is not None and tensor_files.sha256(directory / CONFIG) != expected:
+    if expected is not None and files.sha256(directory / CONFIG) != expected:
         raise ValueError(
             f"{directory / CONFIG} has another SHA-256 than {COMPLETE} says; expected the file as "
             "it was written; copy it again"
@@ -260,7 +261,7 @@ def _check_hashes(raw: Mapping[str, Any], directory: Path) -> None:
         file = directory / str(name)
         if not file.is_file():
             raise FileNotFoundError(f"{file} is absent; expected it, as {CONFIG} names it")
-        found = tensor_files.sha256(file)
+        found = files.sha256(file)
         if found != expected:
             raise ValueError(
                 f"{file} has SHA-256 {found[:12]}...; expected {str(expected)[:12]}..., as "
@@ -346,7 +347,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(aside)
     else:
         temporary.replace(target)
-    tensor_files.sync(target.parent)
+    files.sync(target.parent)
 
 
 __all__ = [

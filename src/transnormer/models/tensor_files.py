@@ -1,17 +1,16 @@
 """Reading and writing the weight files of a directory: safetensors or .bin, whole or sharded."""
 
-import hashlib
-import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from transnormer.files import read_json, sync, write_json
 
 SINGLE, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -89,42 +88,6 @@ def write_tensors(
             {"metadata": {"total_size": total}, "weight_map": where}, directory / SHARD_INDEX
         )
     return [directory / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises FileNotFoundError or a ValueError that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; expected JSON; check the path")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not JSON: {error}; expected an object; the file may be damaged"
-        ) from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; expected a JSON object")
-    return data
-
-
-def write_json(data: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object; it is on the disk when this returns."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _stored(path: Path) -> dict[str, StoredTensor]:
