@@ -155,7 +155,9 @@ def test_loss_is_float32_and_needs_an_eighth_of_the_logits(dtype: torch.dtype) -
     assert loss.dtype == torch.float32
     loss.backward()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profile:
         model.loss(ids, ids).backward()
     allocations = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0

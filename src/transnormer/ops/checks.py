@@ -14,17 +14,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _is_autocast_enabled(kind: str) -> bool:
+    # Asking is an error on meta; torch 2.11 cannot compile torch.amp.is_autocast_available.
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives x: its own where autocast is off or x is float64."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if x.dtype == torch.float64 or not _is_autocast_enabled(kind):
         return x.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def no_autocast(kind: str) -> AbstractContextManager[object]:
     """Autocast off on a kind of device, if it is on there."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
