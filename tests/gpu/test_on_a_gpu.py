@@ -11,7 +11,7 @@ from train_cases import tiny_run
 from transnormer import DecoderState, generate
 from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Decoder
-from transnormer.ops import linear_attention, linear_cross_entropy
+from transnormer.ops import linear_attention, linear_attention_step, linear_cross_entropy
 from transnormer.train import run_training
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +46,39 @@ def test_op_equals_float64_on_rounded_inputs(decay: str, dtype: torch.dtype) -> 
     for name, x, y in zip(("q", "k", "v"), actual[2:5], exact[2:5], strict=True):
         assert_close(x, y, limit=GRADIENT[dtype], name=f"gradient of {name}")
     assert_close(actual[6], exact[6], limit=GRADIENT[dtype], name="gradient of the state")
+
+
+@pytest.mark.parametrize("decay", ["constant", "token", "key"])
+def test_a_graph_of_the_op_replays(decay: str) -> None:
+    seq, heads, dim = 300, 4, 32
+    q, k, v = (torch.randn(1, seq, heads, dim, device=GPU) for _ in range(3))
+    log_decay = -torch.rand(gate_shape(decay, seq, heads, dim)).to(GPU)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        linear_attention(q, k, v, log_decay)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = linear_attention(q, k, v, log_decay)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(o, linear_attention(q, k, v, log_decay)[0])
+
+
+def test_a_graph_of_a_step_with_slots_replays() -> None:
+    q, pool = torch.randn(3, 4, 32, device=GPU), torch.randn(5, 4, 32, 32, device=GPU)
+    log_decay, before = -torch.rand(4, device=GPU), pool.clone()
+    slots = torch.tensor([4, -1, 0], dtype=torch.int32, device=GPU)
+    linear_attention_step(q, q, q, log_decay, pool, slots=slots)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = linear_attention_step(q, q, q, log_decay, pool, slots=slots)
+    pool.copy_(before)
+    graph.replay()
+    exact, state = linear_attention_step(q[[0, 2]], q[[0, 2]], q[[0, 2]], log_decay, before[[4, 0]])
+    assert torch.equal(o[[0, 2]], exact)
+    assert torch.equal(pool[[4, 0]], state)
+    assert torch.equal(pool[1:4], before[1:4])
 
 
 def test_prefill_and_steps_agree_with_one_pass() -> None:

@@ -1,6 +1,8 @@
 """The whole model against the float64 oracle, and what its two calls promise."""
 
+import copy
 import math
+import pickle
 
 import oracles
 import pytest
@@ -259,3 +261,31 @@ def test_counts_and_fingerprint() -> None:
     with torch.no_grad():
         model.blocks[1].channel_mixer.up_proj.weight[3, 3] += 1
     assert model.fingerprint() != before
+
+
+def test_a_model_is_pickled_and_copied() -> None:
+    model, ids = make_model(), make_ids(1, 9)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+def test_theta_is_float32_under_a_default_dtype_of_bfloat16() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    theta = Decoder(tnl_config()).blocks[0].token_mixer.lrpe.theta
+    assert theta.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_ids": [[1, 2]]},
+        {"state": (1, 2)},
+        {"mask": [[True]]},
+        {"positions": [1]},
+        {"cu_seqlens": [0, 3]},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_is_no_tensor_is_a_type_error(arguments: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))} is"):
+        make_model()(**{"input_ids": make_ids(1, 3), **arguments})

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from decoder_cases import VOCAB, assert_logits_agree, make_ids, make_model
+from decoder_cases import VOCAB, assert_logits_agree, make_ids, make_model, tnl_config
 from tolerances import SPLIT_CPU, assert_close
 from torch import Tensor
 
+from transnormer.models import zoo
 from transnormer.models.decoder import Decoder
 
 LENGTHS = [5, 70, 1, 33]
@@ -156,7 +157,24 @@ def test_packed_loss_is_the_sum_of_the_documents(model: Decoder) -> None:
     assert_close(packed, alone.double())
 
 
-def test_mask_and_packing_exclude_each_other(model: Decoder) -> None:
-    mask = torch.ones(1, 10, dtype=torch.bool)
-    with pytest.raises(ValueError, match="mask"):
-        model(make_ids(1, 10), mask=mask, cu_seqlens=torch.tensor([0, 10]))
+def test_masked_tokens_of_packed_sequences_leave_no_trace(model: Decoder) -> None:
+    ids, bounds = make_ids(1, 40), torch.tensor([0, 0, 15, 40, 40])
+    mask = torch.arange(40).remainder(3).ne(1)[None]
+    first = model(ids, cu_seqlens=bounds, mask=mask)
+    both = model(ids, cu_seqlens=bounds, mask=mask, state=first.state)
+    for row, (start, stop) in enumerate([(0, 15), (15, 40)], start=1):
+        kept = ids[:, start:stop][:, mask[0, start:stop]]
+        alone = model(kept)
+        again = model(kept, state=alone.state)
+        here = slice(start, stop)
+        assert_close(first.logits[:, here][:, mask[0, here]], alone.logits)
+        assert_close(both.logits[:, here][:, mask[0, here]], again.logits)
+        assert int(both.state.positions[row]) == 2 * kept.shape[1]
+    assert both.state.positions[[0, 3]].tolist() == [0, 0]
+
+
+def test_pads_run_whatever_implementation_the_mixers_name() -> None:
+    model = make_model(zoo.ablation(tnl_config(), "lightning1"))
+    ids, mask = make_ids(1, 20), torch.ones(1, 20, dtype=torch.bool)
+    mask[0, :6] = False
+    assert_close(model(ids, mask=mask).logits[:, 6:], model(ids[:, 6:]).logits)

@@ -82,3 +82,13 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_states() -> None:
     assert 0 < error / exact.logits.double().std() < 16 * torch.finfo(torch.bfloat16).eps
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_training_compiles_whole_at_symbolic_lengths() -> None:
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seq in (20, 13):
+        ids = make_ids(2, seq)
+        logits = compiled(ids).logits
+        assert_close(logits, model(ids).logits.double())
+        logits.sum().backward()

@@ -1,5 +1,6 @@
 """The state as an object: copies, rows, and files that know their model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,56 @@ def test_states_are_not_detached() -> None:
 def test_to_moves_layers_and_positions(model: Decoder) -> None:
     moved = model(make_ids(1, 5)).state.to("meta")
     assert {x.device.type for x in (*moved.layers, moved.positions)} == {"meta"}
+
+
+def damage_bytes(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
+def damage_tokens(file: Path) -> None:
+    content = file.read_bytes()
+    assert content.count(b'"tokens":"30,30"') == 1
+    file.write_bytes(content.replace(b'"tokens":"30,30"', b'"tokens":"30,31"'))
+
+
+@pytest.mark.parametrize("damage", [damage_bytes, damage_tokens])
+def test_a_changed_file_is_refused(
+    damage: Callable[[Path], None], model: Decoder, tmp_path: Path
+) -> None:
+    file = tmp_path / "state.safetensors"
+    model(make_ids(2, 30)).state.save(file, model)
+    damage(file)
+    with pytest.raises(ValueError, match="does not hold what was saved"):
+        DecoderState.load(file, model)
+
+
+def test_any_changed_weight_is_another_model() -> None:
+    model = make_model(tnl_config(vocab_size=4099))
+    before = model.fingerprint()
+    with torch.no_grad():
+        model.embedding.weight[1, 1] += 1.0
+    assert model.fingerprint() != before
+
+
+def test_a_state_keeps_its_dtype_and_its_rows(model: Decoder) -> None:
+    state = model(make_ids(2, 9)).state
+    with pytest.raises(TypeError, match="keeps its dtype"):
+        state.to(torch.bfloat16)
+    with pytest.raises(TypeError, match="rows is torch.bool"):
+        state.select(torch.tensor([False, True]))
+    with pytest.raises(ValueError, match="expected indices from 0 to 1"):
+        state.select([2])
+
+
+def test_rows_that_share_memory_are_a_state_too(model: Decoder) -> None:
+    state = model(make_ids(1, 9)).state
+    shared = state._replace(
+        layers=tuple(x.expand(3, -1, -1, -1) for x in state.layers),
+        positions=state.positions.expand(3),
+    )
+    ids = make_ids(3, 7, seed=4)
+    assert torch.equal(
+        model(ids, state=shared).logits, model(ids, state=state.select([0, 0, 0])).logits
+    )

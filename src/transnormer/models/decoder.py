@@ -16,7 +16,11 @@ from transnormer.nn.channel_mixers import ChannelMixerConfig
 from transnormer.nn.norms import NormConfig
 from transnormer.nn.token_mixers import TokenMixerConfig
 from transnormer.ops import linear_cross_entropy
+from transnormer.ops.checks import check_tensor
 from transnormer.ops.cross_entropy import IGNORE_INDEX
+
+# Integers of as many bytes as a floating dtype has.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BlockConfig(Config):
@@ -247,6 +251,8 @@ class Decoder(nn.Module):
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
+        for name, x in (("input_ids", input_ids), ("labels", labels)):
+            check_tensor(name, x)
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels has shape {list(labels.shape)}; expected input_ids' {list(input_ids.shape)}"
@@ -263,14 +269,17 @@ class Decoder(nn.Module):
         return sum(p.numel() for n, p in self.named_parameters() if n.split(".")[0] not in skip)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the configuration and of up to 1024 evenly spaced values of each tensor.
+        """SHA-256 of the configuration and of each tensor's name, shape, dtype, sum and sample.
 
-        Cheap for large models; any training step or another dtype changes it.
+        The sum is of all bits, read as integers, so it does not depend on the order of adding; the
+        sample is up to 1024 evenly spaced values. Cheap for large models; any training step or
+        another dtype changes it.
         """
         digest = hashlib.sha256(self.config.model_dump_json().encode())
         for name, x in self.state_dict().items():
             flat = x.detach().reshape(-1)
-            sample = flat[:: max(flat.numel() // 1024, 1)].cpu().contiguous()
-            digest.update(f"{name} {list(x.shape)} {x.dtype}".encode())
+            bits = flat.view(_INTEGERS[flat.dtype.itemsize]).sum(dtype=torch.int64).item()
+            sample = flat[:: max(-(-flat.numel() // 1024), 1)].cpu().contiguous()
+            digest.update(f"{name} {list(x.shape)} {x.dtype} {bits}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

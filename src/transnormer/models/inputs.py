@@ -16,6 +16,11 @@ def check(
     causal: bool,
 ) -> None:
     """Check ids, packing and mask; values only where looking costs no synchronisation."""
+    checks.check_tensor("input_ids", input_ids)
+    for name, x in (("cu_seqlens", cu_seqlens), ("mask", mask)):
+        checks.check_tensor(name, x, optional=True)
+    if state is not None and not isinstance(state, DecoderState):
+        raise TypeError(f"state is {type(state).__name__}; expected a DecoderState or None")
     checks.check_rank("input_ids", input_ids, "batch seq")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids is {input_ids.dtype}; expected int64 or int32")
@@ -32,8 +37,6 @@ def check(
             )
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, batch, seq, input_ids.device)
-        if mask is not None:
-            raise ValueError("mask and cu_seqlens are both given; expected one; leave pads out")
     if mask is not None:
         checks.check_shape("mask", mask, (batch, seq), "batch seq")
         if mask.dtype != torch.bool:
@@ -51,6 +54,8 @@ def check_state(
         raise ValueError(
             f"state has {len(state.layers)} layers; expected {num_layers}, those of this model"
         )
+    if state.positions.dtype != torch.int64:
+        raise TypeError(f"state.positions is {state.positions.dtype}; expected torch.int64")
     if state.positions.shape[0] != rows:
         raise ValueError(
             f"state has {state.positions.shape[0]} rows; expected {rows}, one a sequence of "
@@ -74,9 +79,9 @@ def check_positions(positions: Tensor, max_positions: int) -> None:
         )
 
 
-def _sequence_of(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Index of the packed sequence that each token lies in, [seq]."""
-    token = torch.arange(input_ids.shape[1], device=input_ids.device)
+def _sequence_of(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Index of the packed sequence that each token of x, [1, seq, ...], lies in, [seq]."""
+    token = torch.arange(x.shape[1], device=x.device)
     return torch.searchsorted(cu_seqlens[1:].to(torch.int64), token, right=True)
 
 
@@ -90,23 +95,26 @@ def positions_of(
     """Positions of the tokens, int64 [batch, seq]; given ones win."""
     batch, seq = input_ids.shape
     if positions is not None:
+        checks.check_tensor("positions", positions)
         if positions.dtype != torch.int64:
             raise TypeError(f"positions is {positions.dtype}; expected torch.int64")
         if positions.dim() == 1:
             positions = positions.expand(batch, -1)
         checks.check_shape("positions", positions, (batch, seq), "batch seq")
         return positions
-    token = torch.arange(seq, device=input_ids.device)
-    if cu_seqlens is not None:
-        index = _sequence_of(input_ids, cu_seqlens)
-        start = token - cu_seqlens.to(torch.int64)[index]
-        return (start if state is None else start + state.positions[index])[None]
-    if mask is not None:
-        # A pad has the position of the token before it, so that real tokens count on.
-        token = (mask.to(torch.int64).cumsum(1) - 1).clamp(min=0)
+    if mask is None:
+        token = torch.arange(seq, device=input_ids.device).expand(batch, -1)
     else:
-        token = token.expand(batch, -1)
-    return token if state is None else token + state.positions[:, None]
+        # A pad has the position of the token before it, so that real tokens count on.
+        token = mask.to(torch.int64).cumsum(1) - 1
+    if cu_seqlens is None:
+        token = token.clamp(min=0)
+        return token if state is None else token + state.positions[:, None]
+    index = _sequence_of(input_ids, cu_seqlens)
+    # What was counted before each sequence began.
+    before = torch.cat([token.new_full((1, 1), -1), token], 1)[:, cu_seqlens.to(torch.int64)]
+    token = (token - before[:, index] - 1).clamp(min=0)
+    return token if state is None else token + state.positions[index]
 
 
 def positions_after(
@@ -116,19 +124,23 @@ def positions_after(
     mask: Tensor | None,
 ) -> Tensor:
     """The position of the next token of each row (or packed sequence), int64 [rows]."""
+    batch, seq = positions.shape
     if cu_seqlens is None and mask is None:
         return positions[:, -1] + 1
-    if cu_seqlens is not None:
-        rows = cu_seqlens.shape[0] - 1
-        before = positions.new_zeros(rows) if state is None else state.positions
-        last = positions[0, (cu_seqlens[1:].to(torch.int64) - 1).clamp(min=0)] + 1
-        return torch.where(cu_seqlens[1:] > cu_seqlens[:-1], last, before)
-    assert mask is not None
-    before = positions.new_zeros(positions.shape[0]) if state is None else state.positions
-    seq = torch.arange(positions.shape[1], device=positions.device)
-    index = torch.where(mask, seq, -1).amax(1)
-    last = positions.gather(1, index.clamp(min=0)[:, None])[:, 0] + 1
-    return torch.where(index >= 0, last, before)
+    token = torch.arange(seq, device=positions.device).expand(batch, -1)
+    if mask is not None:
+        # The last real token up to each place; -1 before the first.
+        token = torch.where(mask, token, -1).cummax(1).values
+    if cu_seqlens is None:
+        starts = token.new_zeros(batch)
+        last = token[:, -1]
+        after = positions.gather(1, last.clamp(min=0)[:, None])[:, 0] + 1
+    else:
+        starts, ends = cu_seqlens.to(torch.int64)[:-1], cu_seqlens.to(torch.int64)[1:]
+        last = torch.where(ends > starts, token[0, (ends - 1).clamp(min=0)], -1)
+        after = positions[0, last.clamp(min=0)] + 1
+    before = torch.zeros_like(starts) if state is None else state.positions
+    return torch.where(last >= starts, after, before)
 
 
 def keep_last(x: Tensor, count: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -139,5 +151,4 @@ def keep_last(x: Tensor, count: int, cu_seqlens: Tensor | None) -> Tensor:
         return x[:, -count:]
     ends = cu_seqlens.to(torch.int64)[1:]
     token = torch.arange(x.shape[1], device=x.device)
-    sequence = torch.searchsorted(ends, token, right=True)
-    return x[:, token >= ends[sequence] - count]
+    return x[:, token >= ends[_sequence_of(x, cu_seqlens)] - count]

@@ -1,6 +1,7 @@
 """The recurrent state of a decoder: constant size, whatever the number of tokens behind it."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -44,14 +45,34 @@ class DecoderState(NamedTuple):
         return self._replace(layers=tuple(x.detach() for x in self.layers))
 
     def to(self, device: torch.device | str) -> Self:
-        """The state on another device; its dtypes do not change."""
+        """The state on another device; its dtypes do not change.
+
+        Raises:
+            TypeError: a dtype instead of a device.
+        """
+        if not isinstance(device, str | torch.device):
+            raise TypeError(f"device is {device!r}; expected a device; a state keeps its dtype")
         return self._replace(
             layers=tuple(x.to(device) for x in self.layers), positions=self.positions.to(device)
         )
 
     def select(self, rows: Sequence[int] | Tensor) -> Self:
-        """The state of some rows, in the order given; a row may be named more than once."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.positions.device)
+        """The state of some rows, in the order given; a row may be named more than once.
+
+        Args:
+            rows: indices from 0.
+
+        Raises:
+            TypeError: something else than integers.
+            ValueError: an index outside the state.
+        """
+        index = torch.as_tensor(rows, device=self.positions.device)
+        if index.dtype not in (torch.int64, torch.int32) and index.numel():
+            raise TypeError(f"rows is {index.dtype}; expected indices, int64 or int32")
+        index = index.to(torch.int64)
+        count = self.positions.shape[0]
+        if index.device.type == "cpu" and bool(((index < 0) | (index >= count)).any()):
+            raise ValueError(f"rows is {index.tolist()}; expected indices from 0 to {count - 1}")
         return self._replace(
             layers=tuple(x.index_select(0, index) for x in self.layers),
             positions=self.positions.index_select(0, index),
@@ -71,6 +92,7 @@ class DecoderState(NamedTuple):
             "format": _FORMAT,
             "fingerprint": model.fingerprint(),
             "tokens": ",".join(str(n) for n in self.positions.tolist()),
+            "sha256": _digest(tensors),
         }
         write_atomic(Path(path), serialize(tensors, metadata))
 
@@ -101,11 +123,21 @@ class DecoderState(NamedTuple):
                 "saved it, in the same dtype"
             )
         names = [f"layers.{i}" for i in range(len(tensors) - 1)]
-        if set(tensors) != {*names, "positions"}:
+        tokens = ",".join(str(n) for n in tensors.get("positions", torch.tensor([])).tolist())
+        whole = set(tensors) == {*names, "positions"} and tokens == metadata.get("tokens")
+        if not whole or _digest(tensors) != metadata.get("sha256"):
             raise ValueError(
-                f"{path} holds {', '.join(sorted(tensors))}; expected layers.0 to layers.n and "
-                "positions; the file is damaged"
+                f"{path} does not hold what was saved (its SHA-256 or its token count differs); "
+                "expected the file as it was written; save the state again"
             )
-        layers = tuple(tensors[name] for name in names)
         device = next(model.parameters()).device
-        return cls(layers, tensors["positions"]).to(device)
+        return cls(tuple(tensors[name] for name in names), tensors["positions"]).to(device)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' names and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ Everything that must exchange states between ranks replaces this module and noth
 from torch import Tensor, nn
 
 from transnormer.ops import linear_attention, linear_attention_step
+from transnormer.ops.checks import accumulation_dtype, no_autocast
 
 
 class LinearAttentionCore(nn.Module):
@@ -45,13 +46,17 @@ class LinearAttentionCore(nn.Module):
         Returns:
             o, [batch, seq, heads, value_dim], and the new state (None where not causal).
         """
+        implementation = self.implementation
         if mask is not None:
-            k = k * mask[..., None, None]
+            k = k.masked_fill(~mask[..., None, None], 0.0)
             if log_decay is not None:
                 log_decay = _masked_log_decay(log_decay, mask)
+                # Pads make constant decay a gate, which not every implementation has.
+                implementation = "auto"
         if not self.causal:
-            return self._bidirectional(q, k, v, log_decay, cu_seqlens), None
-        if state is not None and q.shape[1] == 1 and cu_seqlens is None:
+            return _bidirectional(q, k, v, log_decay, cu_seqlens, implementation), None
+        one_token = state is not None and q.shape[1] == 1 and cu_seqlens is None
+        if one_token and implementation in ("auto", "chunked"):
             return linear_attention_step(q, k, v, log_decay, state)
         return linear_attention(
             q,
@@ -60,17 +65,22 @@ class LinearAttentionCore(nn.Module):
             log_decay,
             initial_state=state,
             cu_seqlens=cu_seqlens,
-            implementation=self.implementation,
+            implementation=implementation,
         )
 
-    def _bidirectional(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor:
+
+def _bidirectional(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    implementation: str,
+) -> Tensor:
+    """Both directions with the diagonal once, summed in the accumulation dtype."""
+    groups, dtype = q.shape[2] // k.shape[2], q.dtype
+    q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
+    with no_autocast(q.device.type):
         ahead, back = (
             linear_attention(
                 q,
@@ -79,13 +89,12 @@ class LinearAttentionCore(nn.Module):
                 log_decay,
                 cu_seqlens=cu_seqlens,
                 reverse=reverse,
-                implementation=self.implementation,
+                implementation=implementation,
             )[0]
             for reverse in (False, True)
         )
-        groups = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-        return ahead + back - (q * k).sum(-1, keepdim=True) * v
+        return (ahead + back - (q * k).sum(-1, keepdim=True) * v).to(dtype)
 
 
 def _masked_log_decay(log_decay: Tensor, mask: Tensor) -> Tensor:

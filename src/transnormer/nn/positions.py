@@ -37,7 +37,9 @@ class Lrpe(KeepPrecision):
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.init, self.base = heads, head_dim, init, base
-        self.theta = nn.Parameter(torch.empty(heads, 1, head_dim))
+        # Some loaders build a model under a default dtype of bfloat16.
+        dtype = accumulation_dtype(torch.get_default_dtype())
+        self.theta = nn.Parameter(torch.empty(heads, 1, head_dim, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()

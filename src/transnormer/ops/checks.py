@@ -42,6 +42,26 @@ def values_are_visible(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
 
 
+def check_tensor(name: str, x: object, *, optional: bool = False) -> None:
+    """Raise TypeError unless x is a tensor (or None, where it is optional)."""
+    if not isinstance(x, Tensor) and not (optional and x is None):
+        what = "a tensor or None" if optional else "a tensor"
+        raise TypeError(f"{name} is {type(x).__name__}; expected {what}; use torch.as_tensor")
+
+
+def check_number(name: str, x: object) -> float:
+    """The number as a float; raises TypeError for anything else."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} is {x!r}; expected a number")
+    return float(x)
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """Raise TypeError unless x has one of the dtypes that ops take."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; expected float64, float32, bfloat16 or float16")
+
+
 def check_rank(name: str, x: Tensor, dims: str) -> None:
     """Raise ValueError unless x has the named dims, e.g. ``"batch seq heads key_dim"``."""
     if x.dim() != len(dims.split()):

@@ -93,3 +93,28 @@ def test_nothing_is_written_to_unwritten_memory(decay: str) -> None:
     o, state = linear_attention(*make_inputs(77, decay=decay)[:4])
     assert bool(torch.isfinite(o).all())
     assert bool(torch.isfinite(state).all())
+
+
+def test_states_and_their_gradients_may_have_any_strides() -> None:
+    q, k, v, log_decay, _ = make_inputs(70)
+    plain = torch.randn(1, *linear_attention(q, k, v)[1].shape[1:])
+    shared = plain.expand(2, -1, -1, -1)
+    results = []
+    for state in (shared, shared.contiguous()):
+        leaf = v.detach().requires_grad_()
+        o, final_state = linear_attention(q, k, leaf, log_decay, initial_state=state)
+        weight = torch.arange(final_state.numel()).view(final_state.transpose(0, 1).shape)
+        (final_state.transpose(0, 1) * weight).sum().backward()
+        results.append((o, final_state, leaf.grad))
+        leaf.grad = None
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_empty_sequences_do_not_shorten_the_chunks() -> None:
+    q, k, v, log_decay, _ = make_inputs(300, batch=1)
+    alone, _ = linear_attention(q, k, v, log_decay)
+    bounds = torch.tensor([0] * 200 + [300] * 200)
+    packed, _ = linear_attention(q, k, v, log_decay, cu_seqlens=bounds)
+    # Other chunks would round otherwise.
+    assert torch.equal(packed, alone)

@@ -116,3 +116,15 @@ def test_two_tokens_are_not_taken_for_a_row() -> None:
     o, _ = linear_attention_step(q, k, v, log_decay, state)
     exact, _ = oracles.linear_attention(q, k, v, log_decay, initial_state=state)
     assert_close(o, exact)
+
+
+def test_a_slot_is_used_once() -> None:
+    q, pool = torch.randn(2, 1, 16), torch.zeros(3, 1, 16, 16)
+    with pytest.raises(ValueError, match="each at most once"):
+        linear_attention_step(q, q, q, None, pool, slots=torch.tensor([1, 1], dtype=torch.int32))
+
+
+def test_rows_that_share_memory_are_not_updated_in_place() -> None:
+    q, state = torch.randn(2, 1, 16), torch.zeros(1, 1, 16, 16).expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="rows of their own"):
+        linear_attention_step(q, q, q, None, state, inplace=True)

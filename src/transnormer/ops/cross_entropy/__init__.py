@@ -7,66 +7,83 @@ from transnormer.ops import checks
 
 IGNORE_INDEX = -100
 
-# A chunk is at most this share of all rows, so that its few temporaries stay under an eighth of the
-# full logits; and at most so many elements: on a CPU what the cache holds, on a GPU what fills it.
-_CHUNK_SHARE = 32
-_CHUNK_ELEMENTS = {"cpu": 1 << 18}
-_CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
+# A tile of logits, rows x vocabulary entries, is at most this share of all of them, so that its few
+# temporaries stay under an eighth; and at most so many elements: on a CPU about what the cache
+# holds, on a GPU what fills it. It takes many rows, since each tile reads its part of the head once.
+_TILE_SHARE = 64
+_TILE_ROWS = 4096
+_TILE_ELEMENTS = {"cpu": 1 << 20}
+_TILE_ELEMENTS_ELSEWHERE = 1 << 26
 
 
-def _chunk_rows(x: Tensor, weight: Tensor) -> int:
-    elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-    return max(min(-(-x.shape[0] // _CHUNK_SHARE), elements // weight.shape[0]), 1)
+def _tile(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Rows and vocabulary entries of a tile."""
+    elements = _TILE_ELEMENTS.get(x.device.type, _TILE_ELEMENTS_ELSEWHERE)
+    rows = max(min(x.shape[0], _TILE_ROWS), 1)
+    return rows, max(min(elements // rows, -(-weight.shape[0] // _TILE_SHARE)), 1)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return (x @ weight.mT).to(checks.accumulation_dtype(x.dtype))
 
 
+def _inside(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which labels lie in a tile's part of the vocabulary, and their columns, [rows, 1] each."""
+    columns = labels[:, None] - start
+    return (columns >= 0) & (columns < width), columns.clamp(0, width - 1)
+
+
 @torch.library.custom_op("transnormer::linear_cross_entropy", mutates_args=())
-def _chunked(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _tiled(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of every row, [rows]; ignored rows have loss 0."""
     dtype = checks.accumulation_dtype(x.dtype)
-    losses, normalizers = x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
-    step = _chunk_rows(x, weight)
-    for start in range(0, x.shape[0], step):
-        part = slice(start, start + step)
-        logits, label = _logits(x[part], weight), labels[part, None]
-        normalizers[part] = logits.logsumexp(1)
-        chosen = logits.gather(1, label.clamp(min=0))[:, 0]
-        losses[part] = (normalizers[part] - chosen).masked_fill(label[:, 0] == IGNORE_INDEX, 0.0)
-    return losses, normalizers
+    chosen = x.new_zeros(x.shape[0], 1, dtype=dtype)
+    normalizers = x.new_full((x.shape[0],), -torch.inf, dtype=dtype)
+    rows, width = _tile(x, weight)
+    with checks.no_autocast(x.device.type):
+        for first in range(0, x.shape[0], rows):
+            part = slice(first, first + rows)
+            for start in range(0, weight.shape[0], width):
+                logits = _logits(x[part], weight[start : start + width])
+                inside, columns = _inside(labels[part], start, logits.shape[1])
+                chosen[part] += torch.where(inside, logits.gather(1, columns), 0.0)
+                normalizers[part] = torch.logaddexp(normalizers[part], logits.logsumexp(1))
+    return (normalizers - chosen[:, 0]).masked_fill(labels == IGNORE_INDEX, 0.0), normalizers
 
 
-@_chunked.register_fake
+@_tiled.register_fake
 def _(x, weight, labels):
     dtype = checks.accumulation_dtype(x.dtype)
     return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("transnormer::linear_cross_entropy_backward", mutates_args=())
-def _chunked_backward(
+def _tiled_backward(
     grad: Tensor, x: Tensor, weight: Tensor, labels: Tensor, normalizers: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_x = torch.empty_like(x)
-    # The sum over chunks is kept in the accumulation dtype, whatever the weight's.
-    grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype)
-    grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0)
-    step = _chunk_rows(x, weight)
-    for start in range(0, x.shape[0], step):
-        part = slice(start, start + step)
-        delta = _logits(x[part], weight).sub_(normalizers[part, None]).exp_()
-        rows = torch.arange(delta.shape[0], device=x.device)
-        delta[rows, labels[part].clamp(min=0)] -= 1.0
-        delta = (delta * grad[part, None]).to(x.dtype)
-        grad_x[part] = delta @ weight
-        grad_weight += delta.mT @ x[part]
-    return grad_x, grad_weight.to(weight.dtype)
+    # Sums over tiles are kept in the accumulation dtype; rows that fit one tile have no such sum.
+    grad_x = torch.zeros_like(x, dtype=normalizers.dtype)
+    grad = grad.masked_fill(labels == IGNORE_INDEX, 0.0)[:, None]
+    rows, width = _tile(x, weight)
+    one_tile = rows >= x.shape[0]
+    grad_weight = torch.zeros_like(weight, dtype=weight.dtype if one_tile else normalizers.dtype)
+    with checks.no_autocast(x.device.type):
+        for first in range(0, x.shape[0], rows):
+            part = slice(first, first + rows)
+            for start in range(0, weight.shape[0], width):
+                columns = slice(start, start + width)
+                delta = _logits(x[part], weight[columns]).sub_(normalizers[part, None]).exp_()
+                inside, label = _inside(labels[part], start, delta.shape[1])
+                delta.scatter_add_(1, label, -inside.to(delta.dtype))
+                delta = (delta * grad[part]).to(x.dtype)
+                grad_x[part] += delta @ weight[columns]
+                grad_weight[columns] += delta.mT @ x[part]
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
-@_chunked_backward.register_fake
+@_tiled_backward.register_fake
 def _(grad, x, weight, labels, normalizers):
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -81,14 +98,14 @@ def _backward(ctx, grad_losses, _):
     return *grads, None
 
 
-_chunked.register_autograd(_backward, setup_context=_setup_context)
+_tiled.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of softmax(x weight^T) against labels, one number a row, in nats.
 
-    The logits are made a chunk of rows at a time, and again in the backward pass: at most an eighth
-    of the full logits exists at once. Logits of bfloat16 and float16 inputs
+    The logits are made a tile at a time, and again in the backward pass: beside the gradients at
+    most an eighth of the full logits exists at once. Logits of bfloat16 and float16 inputs
     are products in that dtype; log-sum-exp and losses are float32 (float64 for float64 inputs).
 
     Args:
@@ -117,4 +134,4 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
                 f"labels holds {int(wrong[0])}; expected 0 to {vocab_size - 1}, or -100 to ignore"
             )
     x, weight = x.to(checks.autocast_dtype(x)), weight.to(checks.autocast_dtype(weight))
-    return _chunked(x, weight, labels)[0]
+    return _tiled(x, weight, labels)[0]

@@ -52,8 +52,6 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     checks.check_rank("q", q, "batch seq heads key_dim")
     checks.check_rank("k", k, "batch seq kv_heads key_dim")
     checks.check_rank("v", v, "batch seq kv_heads value_dim")
-    if q.dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"q is {q.dtype}; expected float64, float32, bfloat16 or float16")
     batch, seq, heads, key_dim = q.shape
     kv_heads = k.shape[2]
     for name, size in (
@@ -88,10 +86,6 @@ def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
     if log_decay.device != k.device:
         raise ValueError(f"log_decay is on {log_decay.device}; expected {k.device}; move it")
     checks.check_log_decay_values(log_decay)
-
-
-def _reversed(x: Tensor | None, dim: int) -> Tensor | None:
-    return None if x is None else x.flip(dim)
 
 
 def linear_attention(
@@ -141,6 +135,13 @@ def linear_attention(
         TypeError: a dtype.
         NotImplementedError, RuntimeError: the named implementation cannot run; says why.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_tensor(name, x)
+    optional = {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    for name, y in optional.items():
+        checks.check_tensor(name, y, optional=True)
+    scale = checks.check_number("scale", scale)
+    checks.check_float("q", q)
     q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
     _check_inputs(q, k, v)
     if log_decay is not None:
@@ -161,11 +162,14 @@ def linear_attention(
     request = Request(q.device, q.dtype, decay_dims)
     row = choose("linear_attention", IMPLEMENTATIONS, request, implementation)
     if q.shape[1] == 0:
-        # Sums of nothing: the gradient flows through the state alone.
-        return v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]), initial_state.clone()
+        # Sums of nothing, which still belong to the graph of the inputs.
+        nothing = q.sum() + k.sum() + v.sum()
+        o = v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + nothing
+        return o, initial_state + nothing.to(accumulation)
     if reverse:
         q, k, v = q.flip(1), k.flip(1), v.flip(1)
-        log_decay = log_decay if decay_dims <= 1 else _reversed(log_decay, 1)
+        if log_decay is not None and decay_dims > 1:
+            log_decay = log_decay.flip(1)
         if cu_seqlens is not None:
             # A packed row flipped whole has its sequences in the opposite order.
             cu_seqlens = cu_seqlens[-1] - cu_seqlens.flip(0)

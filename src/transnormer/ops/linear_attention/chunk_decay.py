@@ -96,6 +96,15 @@ def _power(log_decay: Tensor, exponent: Tensor) -> Tensor:
     return torch.where(exponent == 0, torch.zeros_like(product), product).exp_()
 
 
+def _token_counts(lengths: tuple[int, ...], like: Tensor) -> Tensor:
+    """The lengths as numbers of ``like``'s kind; on a GPU no copy waits unless a middle one is short."""
+    if all(n == lengths[0] for n in lengths[:-1]):
+        counts = like.new_full((len(lengths),), float(lengths[0]))
+        counts[-1] = float(lengths[-1])
+        return counts
+    return torch.tensor(lengths, dtype=like.dtype, device=like.device)
+
+
 class ConstantDecay:
     """log_decay [heads]: TransNormerLLM, RetNet (Qin et al. 2024, arXiv:2401.04658, algorithm 1).
 
@@ -108,7 +117,7 @@ class ConstantDecay:
 
     def __init__(self, log_decay: Tensor, lengths: tuple[int, ...], chunk: int) -> None:
         step = torch.arange(chunk, dtype=log_decay.dtype, device=log_decay.device)
-        tokens = torch.tensor(lengths, dtype=log_decay.dtype, device=log_decay.device)
+        tokens = _token_counts(lengths, log_decay)
         self._log_decay = log_decay.view(-1, 1, 1, 1)
         self._offset = (step[:, None] - step).clamp_(min=0)
         self._mask = _power(self._log_decay, self._offset).mul_(

@@ -18,12 +18,10 @@ Legend: B batch, H kv heads, G query heads a kv head, T seq, X rows (B * H, pack
 a segment, C tokens a chunk, K key dim, V value dim.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from transnormer.ops.checks import accumulation_dtype, no_autocast
+from transnormer.ops.checks import no_autocast
 from transnormer.ops.linear_attention.chunk_decay import (
     ChunkDecay,
     ConstantDecay,
@@ -31,112 +29,22 @@ from transnormer.ops.linear_attention.chunk_decay import (
     NoDecay,
     ScalarGate,
 )
-
-# Measured on CPUs: 32 and 128 are slower, with constant and with gated decay.
-_MAX_CHUNK = 64
-# Elements of one [X, N, C, dim] temporary: 1 MiB in float32, so that a few of them fit the cache.
-_SEGMENT_ELEMENTS = 1 << 18
-
-
-class _Chunk(NamedTuple):
-    sequence: int  # row of the state that it belongs to; 0 where sequences lie along the batch
-    start: int
-    length: int
-    first: bool
-    last: bool
-
-
-class _Segment(NamedTuple):
-    chunks: list[_Chunk]
-    start: int
-    stop: int
-
-
-def _chunks_per_segment(rows: int, groups: int, key_dim: int, value_dim: int) -> int:
-    widest = max(key_dim * groups, value_dim, _MAX_CHUNK * groups)
-    return max(_SEGMENT_ELEMENTS // (rows * widest * _MAX_CHUNK), 1)
-
-
-def _segment_bound(seq: int, sequences: int, chunks_per_segment: int) -> int:
-    """At least the number of segments, in arithmetic that symbolic lengths can do.
-
-    A sequence has at most one partial chunk; chunks below the largest size are at least as long as
-    the mean sequence, which makes at most 3 a sequence.
-    """
-    return (seq // _MAX_CHUNK + 3 * sequences) // chunks_per_segment + 1
-
-
-class _Layout:
-    """How tokens map to chunks and segments."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-        self.batch, self.seq, self.kv_heads, self.key_dim = k.shape
-        self.value_dim = v.shape[3]
-        self.groups = q.shape[2] // self.kv_heads
-        self.packed = cu_seqlens is not None
-        self.sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1
-        self.rows = self.batch * self.kv_heads
-        mean = max(self.seq // self.sequences, 1)
-        self.chunk = min(1 << (mean - 1).bit_length(), _MAX_CHUNK)
-        self.chunks_per_segment = _chunks_per_segment(
-            self.rows, self.groups, self.key_dim, self.value_dim
-        )
-        self.dtype, self.device = accumulation_dtype(q.dtype), q.device
-
-    def segments(self, cu_seqlens: Tensor | None) -> list[_Segment]:
-        bounds = cu_seqlens.tolist() if cu_seqlens is not None else [0, self.seq]
-        chunks = []
-        for sequence, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            for start in range(begin, end, self.chunk):
-                stop = min(start + self.chunk, end)
-                chunk = _Chunk(sequence, start, stop - start, start == begin, stop == end)
-                chunks.append(chunk)
-        size = self.chunks_per_segment
-        groups = [chunks[i : i + size] for i in range(0, len(chunks), size)]
-        return [_Segment(g, g[0].start, g[-1].start + g[-1].length) for g in groups]
-
-    def gather(self, x: Tensor, segment: _Segment) -> Tensor:
-        """[B, T, H, ...] -> [X, N, C, ...] of one segment, zeros where a chunk is short."""
-        part = x[:, segment.start : segment.stop].to(self.dtype)
-        size = len(segment.chunks) * self.chunk
-        if part.shape[1] != size:
-            padded = part.new_zeros(part.shape[0], size, *part.shape[2:])
-            padded[:, self._token_rows(segment)] = part
-            part = padded
-        return part.transpose(1, 2).contiguous().view(self.rows, -1, self.chunk, *part.shape[3:])
-
-    def scatter(self, x: Tensor, out: Tensor, segment: _Segment) -> None:
-        """The reverse of gather, into the segment's tokens of out."""
-        size = len(segment.chunks) * self.chunk
-        part = x.reshape(self.batch, self.kv_heads, size, *out.shape[3:]).transpose(1, 2)
-        if segment.stop - segment.start != size:
-            part = part[:, self._token_rows(segment)]
-        out[:, segment.start : segment.stop] = part
-
-    def _token_rows(self, segment: _Segment) -> Tensor:
-        pieces = [
-            torch.arange(n * self.chunk, n * self.chunk + c.length)
-            for n, c in enumerate(segment.chunks)
-        ]
-        return torch.cat(pieces).to(self.device)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[B, T, heads, dim] -> [B, T, H, G, dim]: query heads beside their kv head."""
-        return x.unflatten(2, (self.kv_heads, self.groups))
-
-    def states(self, x: Tensor) -> Tensor:
-        """[B or sequences, H, K, V] -> [sequences, X, K, V] in the accumulation dtype."""
-        return x.to(self.dtype).view(self.sequences, self.rows, self.key_dim, self.value_dim)
+from transnormer.ops.linear_attention.chunk_layout import (
+    Layout,
+    Segment,
+    chunks_per_segment,
+    segment_bound,
+)
 
 
 class _Decays:
     """Builds the decay of each segment; constant ones are built once a pattern of lengths."""
 
-    def __init__(self, layout: _Layout, log_decay: Tensor | None) -> None:
+    def __init__(self, layout: Layout, log_decay: Tensor | None) -> None:
         self._layout, self._log_decay = layout, log_decay
         self._constant: dict[tuple[int, ...], ConstantDecay] = {}
 
-    def of(self, segment: _Segment) -> ChunkDecay:
+    def of(self, segment: Segment) -> ChunkDecay:
         layout, log_decay = self._layout, self._log_decay
         if log_decay is None:
             return NoDecay()
@@ -151,7 +59,7 @@ class _Decays:
         gates = layout.gather(log_decay, segment)
         return ScalarGate(gates[..., None]) if log_decay.dim() == 3 else KeyGate(gates)
 
-    def add_grad(self, grad: Tensor, out: Tensor, segment: _Segment) -> None:
+    def add_grad(self, grad: Tensor, out: Tensor, segment: Segment) -> None:
         """Add (constant) or place (gated) one segment's gradient of log_decay."""
         assert self._log_decay is not None
         if self._log_decay.dim() == 1:
@@ -168,7 +76,7 @@ class _Part:
     """The arithmetic of one segment: q [X, N, C, G, K] scaled, k [X, N, C, K], v [X, N, C, V]."""
 
     def __init__(
-        self, decay: ChunkDecay, q: Tensor, k: Tensor, v: Tensor, segment: _Segment
+        self, decay: ChunkDecay, q: Tensor, k: Tensor, v: Tensor, segment: Segment
     ) -> None:
         self.decay, self.q, self.k, self.v, self.chunks = decay, q, k, v, segment.chunks
         self.factors = decay.factors
@@ -204,9 +112,15 @@ class _Part:
         return out.add_(self.entry_q.flatten(2, 3) @ entered), leaving[-1]
 
     def backward(
-        self, do: Tensor, carry: Tensor, initial: Tensor, grad_states: Tensor
+        self,
+        do: Tensor,
+        carry: Tensor,
+        initial: Tensor,
+        grad_states: Tensor,
+        *,
+        with_decay: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k, v and log_decay (None without decay); moves grad_states on.
+        """Gradients of q, k, v and log_decay (None without with_decay); moves grad_states on.
 
         A sequence's row of grad_states holds the running gradient: of its final state before its
         last chunk was met, of its initial state after its first one.
@@ -224,7 +138,10 @@ class _Part:
         grad_entry_q, grad_entry_k = (do @ entered.mT).view_as(self.q), self.v @ left.mT
         grad_q += _decayed(grad_entry_q, self.query_factor)
         grad_k += _decayed(grad_entry_k, self.key_factor)
-        return grad_q, grad_k, grad_v, self._grad_decay(grad_entry_q, grad_entry_k, entered, left)
+        grad_decay = None
+        if with_decay:
+            grad_decay = self._grad_decay(grad_entry_q, grad_entry_k, entered, left)
+        return grad_q, grad_k, grad_v, grad_decay
 
     def _grad_decay(
         self, grad_entry_q: Tensor, grad_entry_k: Tensor, entered: Tensor, left: Tensor
@@ -252,15 +169,15 @@ def _chunked(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final states, and the state at the start of each segment for the backward."""
-    layout = _Layout(q, k, v, cu_seqlens)
+    layout = Layout(q, k, v, cu_seqlens)
     decays = _Decays(layout, log_decay)
     initial = layout.states(initial_state)
     final = initial.clone()
     o = v.new_empty(*q.shape[:3], layout.value_dim)
-    bound = _segment_bound(layout.seq, layout.sequences, layout.chunks_per_segment)
+    bound = segment_bound(layout.seq, layout.sequences, layout.chunks_per_segment)
     boundary = initial.new_zeros(bound, *initial.shape[1:])
     carry, queries, outputs = initial[0], layout.split_heads(q), layout.split_heads(o)
-    for index, segment in enumerate(layout.segments(cu_seqlens)):
+    for index, segment in enumerate(layout.segments()):
         boundary[index] = carry
         q_, k_, v_ = (layout.gather(x, segment) for x in (queries, k, v))
         part = _Part(decays.of(segment), q_ * scale, k_, v_, segment)
@@ -273,10 +190,10 @@ def _chunked(
 def _(q, k, v, log_decay, initial_state, cu_seqlens, scale):
     batch, seq, kv_heads, key_dim = k.shape
     sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 1
-    final = torch.empty_like(initial_state)
+    final = initial_state.new_empty(initial_state.shape)
     rows, value_dim = batch * kv_heads, v.shape[3]
-    per_segment = _chunks_per_segment(rows, q.shape[2] // kv_heads, key_dim, value_dim)
-    shape = (_segment_bound(seq, sequences, per_segment), rows, key_dim, value_dim)
+    per_segment = chunks_per_segment(rows, q.shape[2] // kv_heads, key_dim, value_dim)
+    shape = (segment_bound(seq, sequences, per_segment), rows, key_dim, value_dim)
     return v.new_empty(*q.shape[:3], value_dim), final, final.new_empty(shape)
 
 
@@ -292,43 +209,48 @@ def _chunked_backward(
     cu_seqlens: Tensor | None,
     boundary: Tensor,
     scale: float,
+    with_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay (empty where it is None) and initial_state.
+    """Gradients of q, k, v, log_decay (empty without with_decay) and initial_state.
 
     One walk backward over the segments. With dS the gradient of the state that leaves a chunk:
     dQ = dP K + factor * dO S^T, dK = dP^T Q + factor * V dS^T, dV = P^T dO + (factor * K) dS,
     and dS of the chunk before = total * dS + (factor * Q)^T dO.
     """
-    layout = _Layout(q, k, v, cu_seqlens)
+    layout = Layout(q, k, v, cu_seqlens)
     decays = _Decays(layout, log_decay)
     initial = layout.states(initial_state)
     grad_states = layout.states(grad_final).clone()
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    decay_shape = (0,) if log_decay is None else log_decay.shape
-    grad_decay = q.new_zeros(decay_shape, dtype=layout.dtype)
+    grad_decay = None
+    if with_decay and log_decay is not None:
+        grad_decay = log_decay.new_zeros(log_decay.shape, dtype=layout.dtype)
     queries, grads_o, grad_queries = (layout.split_heads(x) for x in (q, grad_o, grad_q))
     # A backward pass may be called under autocast, which would round the sums of the products.
     with no_autocast(q.device.type):
-        for index, segment in reversed(list(enumerate(layout.segments(cu_seqlens)))):
+        for index, segment in reversed(list(enumerate(layout.segments()))):
             decay = decays.of(segment)
             q_, k_, v_, do = (layout.gather(x, segment) for x in (queries, k, v, grads_o))
             part = _Part(decay, q_ * scale, k_, v_, segment)
-            grads = part.backward(do.flatten(2, 3), boundary[index], initial, grad_states)
+            grads = part.backward(
+                do.flatten(2, 3), boundary[index], initial, grad_states, with_decay=with_decay
+            )
             layout.scatter(grads[0] * scale, grad_queries, segment)
             layout.scatter(grads[1], grad_k, segment)
             layout.scatter(grads[2], grad_v, segment)
-            if grads[3] is not None:
+            if grad_decay is not None and grads[3] is not None:
                 decays.add_grad(grads[3], grad_decay, segment)
-    if log_decay is not None:
-        grad_decay = grad_decay.to(log_decay.dtype)
+    grad_decay = q.new_empty(0) if grad_decay is None else grad_decay.to(log_decay.dtype)
     return grad_q, grad_k, grad_v, grad_decay, grad_states.view_as(initial_state)
 
 
 @_chunked_backward.register_fake
-def _(grad_o, grad_final, q, k, v, log_decay, initial_state, cu_seqlens, boundary, scale):
-    grad_decay = q.new_empty(0) if log_decay is None else torch.empty_like(log_decay)
-    grads = (x.new_empty(x.shape) for x in (q, k, v))
-    return (*grads, grad_decay, torch.empty_like(initial_state))
+def _(
+    grad_o, grad_final, q, k, v, log_decay, initial_state, cu_seqlens, boundary, scale, with_decay
+):
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    grad_decay = log_decay.new_empty(log_decay.shape) if with_decay else q.new_empty(0)
+    return (*grads, grad_decay, initial_state.new_empty(initial_state.shape))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -345,10 +267,22 @@ def _backward(ctx, grad_o, grad_final, _):
         grad_o = v.new_zeros(*q.shape[:3], v.shape[3])
     if grad_final is None:
         grad_final = torch.zeros_like(initial_state)
+    # The decays of a TNL layer are constants: what nobody asks for is not computed.
+    with_decay = log_decay is not None and ctx.needs_input_grad[3]
     grads = torch.ops.transnormer.chunked_linear_attention_backward(
-        grad_o, grad_final, q, k, v, log_decay, initial_state, cu_seqlens, boundary, ctx.scale
+        grad_o,
+        grad_final,
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        boundary,
+        ctx.scale,
+        with_decay,
     )
-    grad_decay = None if log_decay is None else grads[3]
+    grad_decay = grads[3] if with_decay else None
     return grads[0], grads[1], grads[2], grad_decay, grads[4], None, None
 
 

@@ -68,15 +68,12 @@ def _check(
     )
     for name, x in (("k", k), ("v", v)):
         checks.check_same(name, x, q.dtype, q.device, "q")
-    if q.dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"q is {q.dtype}; expected float64, float32, bfloat16 or float16")
     rows = batch if slots is None else state.shape[0]
     checks.check_shape(
         "state", state, (rows, kv_heads, key_dim, value_dim), "batch kv_heads key_dim value_dim"
     )
     accumulation = checks.accumulation_dtype(q.dtype)
-    if state.dtype != accumulation:
-        raise TypeError(f"state is {state.dtype}; expected {accumulation} for {q.dtype} inputs")
+    checks.check_same("state", state, accumulation, q.device, f"the sums of {q.dtype} inputs")
     if slots is not None:
         if slots.dtype != torch.int32:
             raise TypeError(f"slots is {slots.dtype}; expected torch.int32")
@@ -138,6 +135,12 @@ def linear_attention_step(
             the pool.
         TypeError: dtypes that differ, or a state in another than the accumulation dtype.
     """
+    for name, x in (("q", q), ("k", k), ("v", v), ("state", state)):
+        checks.check_tensor(name, x)
+    for name, x in (("log_decay", log_decay), ("slots", slots)):
+        checks.check_tensor(name, x, optional=True)
+    scale = checks.check_number("scale", scale)
+    checks.check_float("q", q)
     q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
     single = q.dim() == 3
     if single:
@@ -149,6 +152,11 @@ def linear_attention_step(
     ):
         checks.check_rank(name, x, dims)
     _check(q, k, v, log_decay, state, slots)
+    if (inplace or slots is not None) and 0 in state.stride():
+        raise ValueError(
+            f"state has strides {list(state.stride())}; expected rows of their own to update in "
+            "place; pass state.clone()"
+        )
     decay = _decays(_check_log_decay_shape(log_decay, k, single), k)
     dtype = checks.accumulation_dtype(q.dtype)
     q_ = q.to(dtype).unflatten(2, (k.shape[2], -1)) * scale
@@ -170,17 +178,19 @@ def _advance_slots(
     pool: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    if checks.values_are_visible(slots) and bool(((slots < -1) | (slots >= pool.shape[0])).any()):
-        raise ValueError(
-            f"slots is {slots.tolist()}; expected -1 (skip) or a row of the pool, 0 to "
-            f"{pool.shape[0] - 1}"
-        )
-    rows = (slots >= 0).nonzero()[:, 0]
-    used = slots[rows].long()
-    if decay is not None and decay[0].shape[0] > 1:
-        decay = (decay[0][rows], decay[1][rows])
-    part, updated = _advance(q[rows], k[rows], v[rows], decay, pool[used], inplace=False)
-    pool[used] = updated
-    return torch.zeros(*q.shape[:4], v.shape[3], dtype=q.dtype, device=q.device).index_copy(
-        0, rows, part
-    )
+    if checks.values_are_visible(slots):
+        used = [slot for slot in slots.tolist() if slot != -1]
+        if any(not 0 <= slot < pool.shape[0] for slot in used) or len(set(used)) < len(used):
+            raise ValueError(
+                f"slots is {slots.tolist()}; expected -1 (skip) or a row of the pool, 0 to "
+                f"{pool.shape[0] - 1}, each at most once"
+            )
+    live, row = slots >= 0, torch.arange(slots.shape[0], device=slots.device)
+    used = slots.clamp(min=0).long()
+    old = pool[used]
+    part, updated = _advance(q, k, v, decay, old, inplace=False)
+    # A skipped row writes what the first live row writes, to the same slot; without a live row,
+    # slot 0 gets back what it holds. So no index depends on values, and nothing waits for a GPU.
+    source = torch.where(live, row, live.int().argmax())
+    pool[used[source]] = torch.where(live.any(), updated, old)[source]
+    return part.masked_fill(~live.view(-1, 1, 1, 1, 1), 0.0)

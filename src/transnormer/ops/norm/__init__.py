@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -27,6 +28,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
         x, scale = ctx.saved_tensors
         share = torch.linalg.vecdot(x, grad).unsqueeze(-1) * scale.pow(3) * (-1.0 / x.shape[-1])
@@ -38,4 +40,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
     Source: SRMSNorm of Qin et al. 2023, arXiv:2307.14995, section 3.1.
     """
+    if torch.compiler.is_compiling():
+        # A compiler fuses the formula itself, and cannot trace the function at symbolic sizes.
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return _RmsNorm.apply(x, eps)[0]
