@@ -100,7 +100,7 @@ def _token_counts(lengths: tuple[int, ...], like: Tensor) -> Tensor:
     """The lengths as numbers of ``like``'s kind; on a GPU no copy waits unless a middle one is short."""
     if all(n == lengths[0] for n in lengths[:-1]):
         counts = like.new_full((len(lengths),), float(lengths[0]))
-        counts[-1] = float(lengths[-1])
+        counts[-1:].fill_(float(lengths[-1]))
         return counts
     return torch.tensor(lengths, dtype=like.dtype, device=like.device)
 
