@@ -15,7 +15,7 @@ from decoder_cases import make_model, tnl_config
 from train_cases import some_text
 
 from transnormer import files
-from transnormer.cli import run
+from transnormer.cli.app import run
 from transnormer.data import ByteTokenizer, train_bpe
 from transnormer.models import checkpoint
 
@@ -108,6 +108,19 @@ def test_train_says_where_it_is_and_ends_with_json(
     )
     assert run([*arguments, "--resume"]) == 0
     assert last_json(capsys)["step"] == 4
+
+
+def test_a_run_out_of_time_says_what_continues_it(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "run.toml", "--set", "output.dir=short"]
+    assert run([*arguments, "--set", "train.max_minutes=1e-9"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "stopped by max_minutes; the same command --resume with a larger train.max_minutes" in said
+    )
+    assert run([*arguments, "--resume", "--set", "train.max_minutes=5"]) == 0
+    assert "stopped by" not in capsys.readouterr().out
 
 
 def test_generate_prints_the_continuation(
@@ -297,6 +310,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "max-new-tokens": (["generate", "run", "-p", "a", "-n", "-3"], 2, "max_new_tokens is -3"),
     "dtype": ([*GENERATE, "--dtype", "int8"], 2, "dtype is 'int8'; expected one of float64"),
     "device": ([*GENERATE, "--device", "abacus"], 2, "device is 'abacus'"),
+    "device of another make": ([*GENERATE, "--device", "mps"], 2, "expected auto, cpu, cuda or"),
     "template": (["chat", "run", "--template", "x"], 2, "template is 'x'"),
     "eval of nothing": (["eval", "run", "--text", "absent.txt"], 2, "absent.txt"),
     "eval of an empty text": (["eval", "run", "--text", "empty.txt"], 2, "empty.txt"),
@@ -398,7 +412,7 @@ def child(*arguments: str, **options: object) -> subprocess.Popen[str]:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from transnormer.cli import run; run(['train', '--help']); "
+        "import sys; from transnormer.cli.app import run; run(['train', '--help']); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'tokenizers')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)

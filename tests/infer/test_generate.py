@@ -288,3 +288,17 @@ def test_a_state_of_another_batch_is_refused(model: Decoder) -> None:
 def test_a_bidirectional_model_does_not_generate() -> None:
     with pytest.raises(ValueError, match=r"config\.causal is False"):
         generate(make_model(tnl_config(causal=False)), ONE, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, {"top_k": 20}, {"top_p": 0.9}])
+def test_ids_from_a_limit_on_are_never_drawn(model: Decoder, sampling: dict[str, float]) -> None:
+    prompts = ragged()
+    generation = generate(model, prompts, max_new_tokens=12, seed=1, **sampling)
+    generation.draw_below(5)
+    list(generation)
+    assert all(len(ids) == 12 and max(ids) < 5 for ids in generation.token_ids)
+    if "temperature" in sampling:
+        first = [int(model(prompt[None]).logits[0, -1, :5].argmax()) for prompt in prompts]
+        assert [ids[0] for ids in generation.token_ids] == first
+    with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
+        generation.draw_below(0)

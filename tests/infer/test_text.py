@@ -8,6 +8,7 @@ from decoder_cases import make_model, tnl_config
 from torch import Tensor
 
 from transnormer.data import ByteTokenizer
+from transnormer.infer.generate import generate
 from transnormer.infer.text import TextStream, begin_id
 
 
@@ -18,7 +19,11 @@ class Spoken:
         self.tokens = list(text.encode())
         self.finish_reasons: list[str | None] = [None]
         self.taken = 0
+        self.limit = 0
         self._reason = reason
+
+    def draw_below(self, limit: int) -> None:
+        self.limit = limit
 
     def __iter__(self) -> Iterator[Tensor]:
         for token in self.tokens:
@@ -80,3 +85,15 @@ def test_an_empty_stop_string_is_refused() -> None:
 def test_a_text_begins_with_the_models_own_token() -> None:
     assert begin_id(make_model(tnl_config(bos_token_id=7)), ByteTokenizer()) == 7
     assert begin_id(make_model(), ByteTokenizer()) == ByteTokenizer().bos_id
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_ids_that_the_tokenizer_has_are_drawn(temperature: float) -> None:
+    tokenizer = ByteTokenizer()
+    model = make_model(tnl_config(vocab_size=3 * tokenizer.vocab_size))
+    generation = generate(
+        model, torch.tensor([[1, 2]]), max_new_tokens=50, temperature=temperature, seed=1
+    )
+    text = "".join(TextStream(generation, tokenizer))
+    assert len(generation.token_ids[0]) == 50
+    assert text == tokenizer.decode(generation.token_ids[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoder_cases import make_ids, make_model, tnl_config, variant_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from transnormer import files
@@ -312,3 +313,30 @@ def test_the_hub_is_not_asked_for_a_path(
 def test_a_name_that_the_hub_does_not_know_is_not_found() -> None:
     with pytest.raises(FileNotFoundError, match="hub gave nothing under this name"):
         checkpoint.load("nobody/nothing-here")
+
+
+def test_a_damaged_step_names_the_older_one_that_is_whole(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = [step_directory(run, step, saved, complete=True) for step in (1, 2, 3, 4)]
+    flip_last_byte(steps[3])
+    with pytest.raises(ValueError, match=r"step_00000004.*step_00000003 is whole: load that"):
+        checkpoint.load(run)
+    (steps[2] / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"step_00000004.*step_00000002 is whole: load that"):
+        checkpoint.load(run)
+    with pytest.raises(ValueError, match=r"step_00000003.*step_00000002 is whole: load that"):
+        checkpoint.load(steps[2])
+    for step in steps[:2]:
+        flip_last_byte(step)
+    with pytest.raises(ValueError, match=r"step_00000004.*copy it again$"):
+        checkpoint.load(run)
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(tensor_files, "save_file", refuse)
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left"):
+        checkpoint.save(make_model(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())

@@ -1,123 +1,35 @@
-"""The command line: each command parses its arguments and calls one function of the package.
-
-Exit codes: 0 success, 2 a mistake in arguments, configuration or input, 1 a failure of the run,
-130 an interrupt. An error is one line on stderr. Nothing heavy is imported before a command runs.
-"""
+"""The command line. Its commands are in ``app``, imported once an interrupt can no longer hurt."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from types import FrameType
 
-import typer
-
-from transnormer.cli import chat, convert, evaluate, generate, info, tokenize, train
-
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
-# What the caller got wrong; every other exception is a failure of the run.
-_MISTAKES = (
-    ValueError,
-    TypeError,
-    NotImplementedError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
-# Errors whose message stands alone; of any other one the type is named too.
-_SPEAKING = (*_MISTAKES, RuntimeError, OSError)
-
-_HELP = """Train, sample, score and convert TransNormerLLM models.
-
-First steps, from the folder of the project:
-
-  transnormer train recipes/quickstart.toml
-
-  transnormer generate runs/quickstart --prompt "import "
-
-  transnormer chat runs/quickstart
-
-  transnormer eval runs/quickstart --text README.md
-
-The first trains a small model on text that ships with Python and writes runs/quickstart. CKPT is
-such a run, one of its steps, a saved model, or a released TransNormerLLM checkpoint.
-"""
-
-app = typer.Typer(
-    name="transnormer",
-    help=_HELP,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("train")(train.train)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("eval")(evaluate.evaluate)
-app.command("convert")(convert.convert)
-app.add_typer(tokenize.app, name="tokenize")
-app.command("info")(info.info)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from transnormer import __version__
-
-        typer.echo(f"transnormer {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Options before the command; ``run`` looks for --debug itself, before anything can fail."""
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; errors become one line on stderr."""
-    debug = "--debug" in arguments[:1]
-    try:
-        code = app(args=list(arguments), prog_name="transnormer", standalone_mode=False)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except BrokenPipeError:
-        # The reader of the output is gone (`| head`); Python must not try to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except Exception as error:
-        if debug:
-            raise
-        return _report(error)
-    if code == INTERRUPTED:
-        sys.stderr.write("interrupted\n")
-    return code if isinstance(code, int) else 0
-
-
-def _report(error: Exception) -> int:
-    # typer's usage errors come from its own copy of click, which has no public name.
-    code = getattr(error, "exit_code", None)
-    if code is not None:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        hint = "; see transnormer --help"
-    else:
-        code = USAGE if isinstance(error, _MISTAKES) else FAILURE
-        message, hint = str(error), ""
-        if not isinstance(error, _SPEAKING) or not message:
-            message, hint = (
-                f"{type(error).__name__}: {message}",
-                "; transnormer --debug COMMAND shows where",
-            )
-    sys.stderr.write(f"error: {' '.join(message.split()).rstrip('.')}{hint}\n")
-    return code
+INTERRUPTED = 130
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 
 
 def main() -> None:
     """Entry point of the command `transnormer`."""
-    sys.exit(run(sys.argv[1:]))
+    # Where the interrupt is ignored (`nohup`, a job in the background) it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    from transnormer.cli.app import run
+
+    code = run(sys.argv[1:])
+    # What the command did is done: an interrupt of the interpreter's end would only show its parts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end the process at once while it imports a module.
+
+    An exception amid an import leaves half a module behind, and may come out as any other error.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT_SYSTEM:
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -57,7 +57,7 @@ def chat(
         stop=stop or [],
     )
     if sys.stdin.isatty():
-        typer.echo(f"{model.num_parameters():,} parameters; /help lists the commands")
+        common.write_line(f"{model.num_parameters():,} parameters; /help lists the commands")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -67,14 +67,24 @@ def chat(
             return
         try:
             if line.startswith("/"):
-                typer.echo(conversation.command(line))
+                _obey(conversation, line)
             else:
                 conversation.answer(template.replace("{text}", line))
         except KeyboardInterrupt:
             # It ends the answer, not the conversation; at the prompt it ends the command.
-            typer.echo("")
-        except (ValueError, OSError) as error:
+            common.write_line("")
+        except ValueError as error:
             typer.echo(f"error: {error}", err=True)
+
+
+def _obey(conversation: "Conversation", line: str) -> None:
+    """Carry out a command; a file that cannot be used does not end the conversation."""
+    try:
+        said = conversation.command(line)
+    except OSError as error:
+        typer.echo(f"error: {common.explain(error)}", err=True)
+    else:
+        common.write_line(said)
 
 
 class Conversation:

@@ -1,5 +1,6 @@
 """What several commands share: options, loading a model with its tokenizer, output."""
 
+import errno
 import json
 import sys
 from collections.abc import Iterable
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+
+from transnormer.files import naming
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +41,7 @@ TokenizerOption = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object last.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object last.", metavar="")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after so many.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
@@ -65,12 +68,18 @@ def resolve_device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = f"device is {name!r}; expected auto, cpu, cuda or cuda:N; choose one of them"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
+        raise ValueError(wrong) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(wrong)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device is {name!r}; expected a GPU, there is none; take --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise RuntimeError(f"device is {name!r}; expected at most cuda:{last}, the last GPU")
     return device
 
 
@@ -121,26 +130,62 @@ def open_tokenizer(checkpoint: str, given: str | None, model: "Decoder") -> "Tok
     return tokenizer
 
 
+# What was expected where the system refuses a file; anything else is a path to be checked.
+_NO_ROOM = "room on the disk; free some, or choose another place"
+_DIRECTORY = "a directory there; choose another path"
+_EXPECTED = {
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EFBIG: _NO_ROOM,
+    errno.EROFS: "a disk that may be written; choose another place",
+    errno.EACCES: "permission; change it, or choose another path",
+    errno.EPERM: "permission; change it, or choose another path",
+    errno.EEXIST: _DIRECTORY,
+    errno.ENOTDIR: _DIRECTORY,
+}
+
+
+def explain(error: Exception) -> str:
+    """The message of an error; a refusal of the system names its file and says what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    expected = _EXPECTED.get(error.errno or 0, "a path that can be used so; choose another")
+    return f"{where}{error.strerror}; expected {expected}"
+
+
+def decode(data: bytes, name: str) -> str:
+    """Text as it is, line ends included, without a byte order mark; ValueError if not UTF-8."""
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 at byte {error.start}; expected UTF-8; convert it"
+        ) from error
+
+
 def read_text(path: Path) -> str:
     """Read a UTF-8 file; raises FileNotFoundError or ValueError with one clear line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a text in UTF-8; check the path")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; expected UTF-8") from error
+    return decode(path.read_bytes(), str(path))
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """Print one JSON object on one line."""
-    sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    """Print one JSON object on one line, in ASCII: no encoding of the output can break it."""
+    write_line(json.dumps(data))
+
+
+def write_line(text: str) -> None:
+    """Print a line."""
+    write_piece(text + "\n")
 
 
 def write_piece(text: str) -> None:
-    """Print streamed text at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Print streamed text at once; an OSError names the output."""
+    with naming("standard output"):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def stream_out(pieces: Iterable[str], *, silent: bool = False) -> str:

@@ -46,6 +46,6 @@ def convert(
             }
         )
         return
-    typer.echo(f"{model.num_parameters():,} parameters are in {target} ({to} layout)")
+    common.write_line(f"{model.num_parameters():,} parameters are in {target} ({to} layout)")
     if tokenizer is None:
-        typer.echo(f"{source} holds no tokenizer: none was written")
+        common.write_line(f"{source} holds no tokenizer: none was written")

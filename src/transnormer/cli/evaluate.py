@@ -12,7 +12,9 @@ def evaluate(
     text: Annotated[
         str,
         typer.Option(
-            "--text", metavar="FILE", help="A .txt, .md or .jsonl file (also .xz, .gz), or a glob."
+            "--text",
+            metavar="FILE",
+            help="A text; .jsonl has a document a line. Also .xz, .gz, .zst, a folder or a glob.",
         ),
     ],
     tokenizer: common.TokenizerOption = None,
@@ -23,12 +25,13 @@ def evaluate(
     """Score a text: nats per token and bits per byte.
 
     The model reads each document from its first byte to its last in one go, carrying its state:
-    there is no window. A begin-of-text token precedes, so that every byte is scored.
+    there is no window. A begin-of-text token precedes, so that every byte is scored; a byte order
+    mark at the head of a file is no text.
     """
     from transnormer.data import read_documents
     from transnormer.eval.perplexity import score_texts
 
-    texts = [document.text for document in read_documents(text)]
+    texts = [document.text for document in read_documents(text, name="--text")]
     model = common.open_model(checkpoint, device, dtype)
     words = common.open_tokenizer(checkpoint, tokenizer, model)
     with common.TokenProgress("scoring") as progress:
@@ -36,8 +39,8 @@ def evaluate(
     if as_json:
         common.print_json(score._asdict())
         return
-    typer.echo(f"documents       {len(texts):,}")
-    typer.echo(f"tokens          {score.tokens:,}")
-    typer.echo(f"bytes           {score.bytes:,}")
-    typer.echo(f"nats per token  {score.nats_per_token:.4f}")
-    typer.echo(f"bits per byte   {score.bits_per_byte:.4f}")
+    common.write_line(f"documents       {len(texts):,}")
+    common.write_line(f"tokens          {score.tokens:,}")
+    common.write_line(f"bytes           {score.bytes:,}")
+    common.write_line(f"nats per token  {score.nats_per_token:.4f}")
+    common.write_line(f"bits per byte   {score.bits_per_byte:.4f}")

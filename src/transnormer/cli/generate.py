@@ -32,9 +32,10 @@ def generate(
 ) -> None:
     """Continue a prompt and stream the text.
 
-    The prompt comes from --prompt, --prompt-file or, where neither is given, from a pipe; without
-    one the model begins a text of its own. Only the continuation is printed; on a terminal the
-    prompt stands before it.
+    The prompt comes from --prompt, --prompt-file or, where neither is given, from standard input,
+    which is read until its end; on a terminal, or from nothing, the model begins a text of its
+    own. A byte order mark is no text. Only the continuation is printed; on a terminal the prompt
+    stands before it.
     """
     text = _prompt(prompt, prompt_file)
     import torch
@@ -99,11 +100,6 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
         return prompt
     if prompt_file is not None:
         return common.read_text(prompt_file)
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         return ""
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"standard input is not UTF-8 at byte {error.start}; expected UTF-8"
-        ) from error
+    return common.decode(sys.stdin.buffer.read(), "standard input")

@@ -31,7 +31,7 @@ def info(
         if as_json:
             common.print_json({"names": names})
         else:
-            typer.echo("\n".join(names))
+            common.write_line("\n".join(names))
         return
     facts = _of_size(checkpoint) if checkpoint in zoo.names() else _of_checkpoint(checkpoint)
     if as_json:
@@ -40,7 +40,7 @@ def info(
     for name, value in facts.items():
         if name != "config":
             text = f"{value:,}" if type(value) is int else str(value)
-            typer.echo(f"{name.replace('_', ' '):<24} {text}")
+            common.write_line(f"{name.replace('_', ' '):<24} {text}")
 
 
 def _of_size(name: str) -> dict[str, Any]:

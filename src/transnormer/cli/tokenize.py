@@ -12,11 +12,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+_NAME = "TEXT"
 Corpus = Annotated[
     str,
-    typer.Argument(
-        metavar="TEXT", help="A .txt, .md or .jsonl file, a glob, a folder, or embedded."
-    ),
+    typer.Argument(metavar=_NAME, help="A text or .jsonl file, a glob, a folder, or embedded."),
 ]
 
 
@@ -51,7 +50,9 @@ def train_tokenizer(
     """Train a byte-level BPE on the training part of a corpus."""
     from transnormer import data
 
-    tokenizer = data.train_tokenizer(corpus, vocab_size, target, heldout=_heldout(heldout))
+    tokenizer = data.train_tokenizer(
+        corpus, vocab_size, target, heldout=_heldout(heldout), name=_NAME
+    )
     if as_json:
         common.print_json(
             {
@@ -61,7 +62,7 @@ def train_tokenizer(
             }
         )
     else:
-        typer.echo(f"a tokenizer of {tokenizer.vocab_size:,} ids is in {target}")
+        common.write_line(f"a tokenizer of {tokenizer.vocab_size:,} ids is in {target}")
 
 
 @app.command("encode")
@@ -83,7 +84,12 @@ def encode(
     from transnormer import data
 
     made = data.tokenize_corpus(
-        corpus, tokenizer, target, heldout=_heldout(heldout), shard_tokens=shard_tokens
+        corpus,
+        tokenizer,
+        target,
+        heldout=_heldout(heldout),
+        shard_tokens=shard_tokens,
+        name=_NAME,
     )
     if as_json:
         held = None if made.heldout is None else made.heldout.model_dump(mode="json")
@@ -91,6 +97,6 @@ def encode(
         common.print_json({"target": str(target), "train": train, "heldout": held})
         return
     held_tokens = 0 if made.heldout is None else made.heldout.num_tokens
-    typer.echo(
+    common.write_line(
         f"{made.train.num_tokens:,} training and {held_tokens:,} held-out tokens are in {target}"
     )

@@ -27,12 +27,12 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Replace a key of the file, e.g. train.steps=100; may be repeated.",
+            help="Replace a key of the file, e.g. train.steps=100, but not base; may be repeated.",
             show_default=False,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in output.dir.")
+        bool, typer.Option("--resume", help="Continue the run in output.dir.", metavar="")
     ] = False,
     sample_tokens: Annotated[
         int, typer.Option(help="Let the trained model write so many tokens at the end.")
@@ -41,7 +41,8 @@ def train(
 ) -> None:
     """Train a model as a TOML file says, into the run directory output.dir.
 
-    Ctrl-C writes a checkpoint and ends the run; --resume continues it exactly.
+    Ctrl-C writes a checkpoint and ends the run with exit code 130, SIGTERM with 143; --resume
+    continues it exactly.
     """
     from transnormer.train.recipe import read_run
 
@@ -65,14 +66,20 @@ def train(
 def _summary(result: "TrainResult", resume: bool) -> None:
     if result.first is not None and result.last is not None:
         before, after = result.first.bits_per_byte, result.last.bits_per_byte
-        typer.echo(
+        common.write_line(
             f"held-out bits per byte: {before:.3f} before (step {result.first.step}), {after:.3f} "
             f"after (step {result.last.step})"
         )
-    typer.echo(f"{result.step:,} steps in {clock(result.seconds)}; the run is in {result.run_dir}")
+    common.write_line(
+        f"{result.step:,} steps in {clock(result.seconds)}; the run is in {result.run_dir}"
+    )
     if result.stopped_by != "steps":
         again = "" if resume else " --resume"
-        typer.echo(f"stopped by {result.stopped_by}; the same command{again} continues the run")
+        if result.stopped_by == "max_minutes":
+            again += " with a larger train.max_minutes"
+        common.write_line(
+            f"stopped by {result.stopped_by}; the same command{again} continues the run"
+        )
 
 
 def _sample(checkpoint: Path, tokens: int, seed: int) -> str:
@@ -84,13 +91,13 @@ def _sample(checkpoint: Path, tokens: int, seed: int) -> str:
 
     model = common.open_model(str(checkpoint), "auto", None)
     words = common.open_tokenizer(str(checkpoint), None, model)
-    typer.echo(f"a sample ({tokens} tokens, temperature {SAMPLE_TEMPERATURE}):")
+    common.write_line(f"a sample ({tokens} tokens, temperature {SAMPLE_TEMPERATURE}):")
     ids = torch.tensor([[begin_id(model, words)]])
     generation = generate(
         model, ids, max_new_tokens=tokens, temperature=SAMPLE_TEMPERATURE, seed=seed
     )
     text = common.stream_out(TextStream(generation, words, from_start=True))
-    typer.echo("")
+    common.write_line("")
     return text
 
 
@@ -153,8 +160,7 @@ class PlainProgress:
 
     def message(self, text: str) -> None:
         """Print one line."""
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        common.write_line(text)
 
     def step(self, report: "StepReport", steps: int) -> None:
         """Print an update if it is time."""

@@ -110,6 +110,8 @@ class Generation:
         self._device = next(model.parameters()).device
         # Tokens drawn and not yet read by the model, -1 for none.
         self._unread: Tensor | None = None
+        # Ids from here on are never drawn.
+        self._limit: int | None = None
         self._logits, self._state = self._prefill(prompts, state)
 
     def __iter__(self) -> "Generation":
@@ -121,7 +123,7 @@ class Generation:
         self._read()
         active = [reason is None for reason in self.finish_reasons]
         uniforms = self._draws.next(active) if self._sampling.temperature > 0.0 else None
-        drawn = sample(self._logits, self._sampling, uniforms)
+        drawn = sample(self._logits[:, : self._limit], self._sampling, uniforms)
         if not all(active):
             drawn[torch.tensor([not alive for alive in active], device=drawn.device)] = FINISHED
         for row, token in enumerate(drawn.tolist()):
@@ -129,6 +131,15 @@ class Generation:
                 self._record(row, token)
         self._unread = drawn
         return drawn.clone()
+
+    def draw_below(self, limit: int) -> None:
+        """Draw only ids below a limit from now on, as if the model had no others.
+
+        A vocabulary may be padded beyond the ids that its tokenizer has a text for.
+        """
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; expected at least 1")
+        self._limit = limit
 
     @property
     def state(self) -> DecoderState:

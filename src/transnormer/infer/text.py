@@ -36,7 +36,8 @@ class TextStream:
         """Stream a row.
 
         Args:
-            generation: the tokens; iterating this object draws them.
+            generation: the tokens; iterating this object draws them, from now on only such as the
+                tokenizer has.
             tokenizer: what their ids mean.
             row: of the batch.
             stop: strings that end the text and do not belong to it.
@@ -48,6 +49,7 @@ class TextStream:
         for text in stop:
             if not text:
                 raise ValueError("stop holds an empty string; expected at least one character")
+        generation.draw_below(tokenizer.vocab_size)
         self.finish_reason: str | None = None
         self._generation, self._row, self._stop = generation, row, tuple(stop)
         self._decoder = StreamDecoder(tokenizer, from_start=from_start)

@@ -93,21 +93,17 @@ def load(
     Raises:
         FileNotFoundError: no such directory, or no configuration or weights in it.
         ValueError: a damaged file, or tensors that do not agree with the configuration; both are
-            named.
+            named, and for a step of a run the older one that is whole.
         NotImplementedError: a released configuration with parts that the decoder does not have.
     """
     directory = find_model(path_or_hub_id)
-    _check_marker(directory)
-    raw = files.read_json(directory / CONFIG)
-    if released.is_released(raw):
-        stored = tensor_files.read_tensors(directory)
-        config, stored = released.read(raw, stored, directory / CONFIG)
-        stored_name: Callable[[str], str] = released.theirs
-    else:
-        config = _config_of(raw, directory / CONFIG)
-        _check_hashes(raw, directory)
-        stored = tensor_files.read_tensors(directory)
-        stored_name = str
+    try:
+        config, stored, stored_name = _read(directory)
+    except (ValueError, FileNotFoundError) as error:
+        older = _whole_step_before(directory)
+        if older is None:
+            raise
+        raise ValueError(f"{error}; {older} is whole: load that") from error
     with torch.device("meta"):
         model = Decoder(config)
     keep = _kept_precise(model)
@@ -166,12 +162,7 @@ def tokenizer_fingerprint(directory: str | Path) -> str | None:
 
 def newest_complete_step(run_dir: str | Path) -> Path | None:
     """The step directory with the highest step whose COMPLETE marker was written, or None."""
-    steps = []
-    for marker in Path(run_dir).glob(f"checkpoints/step_*/{COMPLETE}"):
-        match = _STEP.fullmatch(marker.parent.name)
-        if match:
-            steps.append((int(match[1]), marker.parent))
-    return max(steps)[1] if steps else None
+    return next(iter(_complete_steps(Path(run_dir) / "checkpoints")), None)
 
 
 def find_model(path_or_hub_id: str | Path) -> Path:
@@ -238,6 +229,42 @@ def _config_of(raw: Mapping[str, Any], file: Path) -> DecoderConfig:
             f"{file}: format is {raw.get('format')!r}; expected {FORMAT}; update transnormer"
         )
     return validate(DecoderConfig, raw["decoder"], source=str(file))
+
+
+def _complete_steps(folder: Path) -> list[Path]:
+    """The steps in a folder whose COMPLETE marker was written, newest first."""
+    steps = []
+    for marker in folder.glob(f"step_*/{COMPLETE}"):
+        match = _STEP.fullmatch(marker.parent.name)
+        if match:
+            steps.append((int(match[1]), marker.parent))
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def _whole_step_before(step: Path) -> Path | None:
+    """The newest readable step before a step; None where there is none, or for what is no step."""
+    steps = _complete_steps(step.parent)
+    for older in steps[steps.index(step) + 1 :] if step in steps else ():
+        try:
+            _read(older)
+        except (ValueError, FileNotFoundError):
+            continue
+        return older
+    return None
+
+
+def _read(
+    directory: Path,
+) -> tuple[DecoderConfig, dict[str, StoredTensor], Callable[[str], str]]:
+    """Configuration and tensors of a directory, and what a tensor is called in its files."""
+    _check_marker(directory)
+    raw = files.read_json(directory / CONFIG)
+    if released.is_released(raw):
+        stored = tensor_files.read_tensors(directory)
+        return *released.read(raw, stored, directory / CONFIG), released.theirs
+    config = _config_of(raw, directory / CONFIG)
+    _check_hashes(raw, directory)
+    return config, tensor_files.read_tensors(directory), str
 
 
 def _check_marker(directory: Path) -> None:

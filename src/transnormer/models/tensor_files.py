@@ -63,6 +63,9 @@ def write_tensors(
 
     Returns:
         the weight files, without the index.
+
+    Raises:
+        OSError: a file cannot be written; it is named.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -79,8 +82,7 @@ def write_tensors(
         count = len(shards)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        sync(directory / name)
+        _write_safetensors(shard, directory / name)
     if len(shards) > 1:
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -88,6 +90,17 @@ def write_tensors(
             {"metadata": {"total_size": total}, "weight_map": where}, directory / SHARD_INDEX
         )
     return [directory / name for name in names]
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(
+            f"{path} cannot be written: {error}; expected room on the disk; free some, or choose "
+            "another place"
+        ) from error
+    sync(path)
 
 
 def _stored(path: Path) -> dict[str, StoredTensor]:

@@ -37,6 +37,7 @@ class Segment(NamedTuple):
 
 
 def chunks_per_segment(rows: int, groups: int, key_dim: int, value_dim: int) -> int:
+    """Chunks whose [X, N, C, dim] temporaries hold about so many elements as the cache likes."""
     widest = max(key_dim * groups, value_dim, _MAX_CHUNK * groups)
     return max(_SEGMENT_ELEMENTS // (rows * widest * _MAX_CHUNK), 1)
 

@@ -240,7 +240,10 @@ def _chunked_backward(
             layout.scatter(grads[2], grad_v, segment)
             if grad_decay is not None and grads[3] is not None:
                 decays.add_grad(grads[3], grad_decay, segment)
-    grad_decay = q.new_empty(0) if grad_decay is None else grad_decay.to(log_decay.dtype)
+    if grad_decay is None or log_decay is None:
+        grad_decay = q.new_empty(0)
+    else:
+        grad_decay = grad_decay.to(log_decay.dtype)
     return grad_q, grad_k, grad_v, grad_decay, grad_states.view_as(initial_state)
 
 
