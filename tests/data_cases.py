@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 
-from transnormer.data import Document
+from transnormer.data import Batch, Document, Loader, TokenSource
 
 # A few kinds of text: prose, code, digits, Chinese, signs, runs of spaces.
 LINES = [
@@ -134,3 +134,10 @@ def numbered(lengths: list[int]) -> Iterator[Document]:
         text = "".join(chr(33 + (at + step) % 89) for step in range(length))
         at += length
         yield Document(f"document-{place}", text)
+
+
+def every_window(source: TokenSource, *, seq: int, packing: str = "stream") -> list[Batch]:
+    """One epoch of a loader, a window a batch, in the order of the text."""
+    loader = Loader([(source, 1.0)], seq=seq, batch=1, seed=0, packing=packing)
+    order = sorted(range(loader.windows[0]), key=lambda sample: loader.locate(sample)[2])
+    return [loader.batch(sample) for sample in order]

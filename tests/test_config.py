@@ -43,6 +43,7 @@ class Run(Config):
     train: Train
     shapes: tuple[Annotated[Round | Square, Field(discriminator="kind")], ...] = ()
     name: str | None = None
+    size: float | str | tuple[int, ...] = 1.0
 
 
 GOOD = {"train": {"steps": 3}}
@@ -94,7 +95,7 @@ def test_json_round_trip_is_exact() -> None:
         ),
         (
             {**GOOD, "zzz": 2},
-            "zzz is an unknown key; expected one of name, shapes, train; remove it (run.toml)",
+            "zzz is an unknown key; expected one of name, shapes, size, train; remove it (run.toml)",
         ),
         (
             {**GOOD, "shapes": [{"kind": "squire"}]},
@@ -121,12 +122,29 @@ def test_json_round_trip_is_exact() -> None:
             {"train": {"steps": "x", "rate": "y"}},
             "train.steps is 'x'; expected an integer; 1 more (run.toml)",
         ),
+        (
+            {**GOOD, "size": None},
+            "size is None; expected a number or a string or a list (run.toml)",
+        ),
+        (
+            {**GOOD, "size": ["x"]},
+            "size is ('x',); expected a number or a string; 1 more (run.toml)",
+        ),
     ],
 )
 def test_mistakes_are_one_line(data: dict, message: str) -> None:
     with pytest.raises(ValueError, match=".") as caught:
         validate(Run, data, source="run.toml")
     assert str(caught.value) == message
+
+
+class Tables(Config):
+    rounds: dict[str, Round]
+
+
+def test_keys_of_a_dictionary_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^rounds.a.b.radius is 'x'; expected a number \(here\)$"):
+        validate(Tables, {"rounds": {"a.b": {"radius": "x"}}}, source="here")
 
 
 def test_base_is_relative_and_the_child_wins(tmp_path: Path) -> None:

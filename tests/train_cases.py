@@ -1,7 +1,9 @@
 """A run so small that a step takes milliseconds, and what watches it."""
 
 import math
-from collections.abc import Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,17 @@ def some_text(length: int = 4000) -> str:
     return " ".join(words)
 
 
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Let the kernel refuse to write any file beyond a size, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 class Notes:
     """A Progress that keeps everything."""
 
@@ -67,7 +80,13 @@ class Found(NamedTuple):
         return self.nats_per_token * self.tokens / self.bytes / math.log(2)
 
 
-def constant_evaluation(model: Any, tokenizer: Any, texts: Sequence[str]) -> Found:
+def constant_evaluation(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Found:
     """An evaluation that costs nothing; it must find the model in eval mode."""
     assert not model.training
     size = sum(len(text.encode()) for text in texts)

@@ -150,12 +150,17 @@ def validate(cls: type[ConfigType], data: Mapping[str, Any], *, source: str) -> 
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        more = f"; {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise ValueError(f"{_explain(cls, dict(problems[0]))}{more} ({source})") from None
+        problems: list[dict[str, Any]] = [dict(p) for p in error.errors(include_url=False)]
+        names = [_locate(cls, problem["loc"])[0] for problem in problems]
+        # Each type that a value may have and has not is a problem of its own.
+        first = [problem for problem, name in zip(problems, names, strict=True) if name == names[0]]
+        more = f"; {len(set(names)) - 1} more" if len(set(names)) > 1 else ""
+        raise ValueError(f"{_explain(cls, first)}{more} ({source})") from None
 
 
-def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
+def _explain(cls: type[Config], problems: Sequence[dict[str, Any]]) -> str:
+    """Describe what is wrong with one key; several problems are those of a union's types."""
+    problem = problems[0]
     name, owners = _locate(cls, problem["loc"])
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "missing":
@@ -175,7 +180,8 @@ def _explain(cls: type[Config], problem: dict[str, Any]) -> str:
     if kind == "literal_error":
         return f"{name} is {value!r}; expected {context['expected']}"
     if kind in _EXPECTED:
-        return f"{name} is {value!r}; expected {_EXPECTED[kind]}"
+        expected = [_EXPECTED[other["type"]] for other in problems if other["type"] in _EXPECTED]
+        return f"{name} is {value!r}; expected {' or '.join(dict.fromkeys(expected))}"
     message = problem["msg"][:1].lower() + problem["msg"][1:]
     return f"{name} is {value!r}; expected: {message}"
 
@@ -194,7 +200,8 @@ def _join(name: str, message: str, owners: Sequence[type[Config]]) -> str:
 def _locate(cls: type[Config], loc: tuple[str | int, ...]) -> tuple[str, list[type[Config]]]:
     """Return the key as a user writes it, and the configurations that own its last part.
 
-    pydantic's location holds the tag of a union beside the keys; tags are left out of the name.
+    pydantic's location holds the tag or the type of a union beside the keys (`float`, `tuple[...]`);
+    they are left out of the name.
     """
     name = ""
     owners: list[type[Config]] = [cls]
@@ -208,9 +215,13 @@ def _locate(cls: type[Config], loc: tuple[str | int, ...]) -> tuple[str, list[ty
         if not fields and tagged and len(below) > 1:
             below = tagged
             continue
+        if not fields and not below:
+            continue
         name += f".{part}" if name else part
         owners = below
-        below = [found for field in fields for found in _configs_in(field.annotation)]
+        # Without a field it is a key of a dictionary, whose values these are.
+        if fields:
+            below = [found for field in fields for found in _configs_in(field.annotation)]
     return name, below if below and below is not owners else owners
 
 

@@ -15,12 +15,12 @@ from transnormer.data import (
     Document,
     Loader,
     TokenSource,
-    evaluation_batches,
     load_tokenizer,
     make_tokenizer,
     read_documents,
     tokenize_corpus,
     train_bpe,
+    train_tokenizer,
     write_shards,
 )
 from transnormer.data.tokenizers import TiktokenTokenizer
@@ -85,10 +85,10 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Path], object]]] = {
         "expected at least one; check the path",
         lambda folder: list(read_documents(str(folder))),
     ),
-    "unknown kind of file": (
+    "file of an unknown kind that is no text": (
         ValueError,
-        r"data.path is '.*a\.pdf'; expected a file that ends in \.txt",
-        read("a.pdf", b"x"),
+        r"a\.pdf is not UTF-8: byte 0xff at 0",
+        read("a.pdf", b"\xff"),
     ),
     "empty file": (ValueError, "which holds no text; expected some text", read("a.txt", b"")),
     "jsonl of empty texts": (
@@ -119,6 +119,34 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Path], object]]] = {
         r"a\.jsonl:1 holds a lone surrogate",
         read("a.jsonl", b'{"text": "a\\ud800"}'),
     ),
+    "line holds a number too long to read": (
+        ValueError,
+        r"a\.jsonl:2 is not JSON: Exceeds the limit",
+        read("a.jsonl", b'{"text": "a"}\n{"text": "a", "n": ' + b"1" * 4301 + b"}"),
+    ),
+    "missing file of another name": (
+        FileNotFoundError,
+        r"--text is '.*no\.txt'; expected a file",
+        lambda folder: list(read_documents(str(folder / "no.txt"), name="--text")),
+    ),
+    "empty file of another name": (
+        ValueError,
+        "TEXT is '.*', which holds no text",
+        lambda folder: (
+            (folder / "a.txt").touch(),
+            tokenize_corpus(str(folder / "a.txt"), "bytes", folder / "out", name="TEXT"),
+        ),
+    ),
+    "glob of another name": (
+        FileNotFoundError,
+        "TEXT is '.*', which holds no",
+        lambda folder: train_tokenizer(str(folder / "*"), 300, folder / "out", name="TEXT"),
+    ),
+    "one character of another name": (
+        ValueError,
+        "TEXT is '.*' with 1 characters",
+        lambda folder: list(one_text(folder, "x", name="TEXT").documents("train")),
+    ),
     "deeply nested line": (
         ValueError,
         r"a\.jsonl:1 is not JSON",
@@ -147,7 +175,7 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Path], object]]] = {
     ),
     "missing held-out file": (
         FileNotFoundError,
-        "data.path is 'nowhere.txt'",
+        "data.heldout is 'nowhere.txt'",
         lambda folder: list(one_text(folder, "x", heldout="nowhere.txt").documents("heldout")),
     ),
     "unknown split": (
@@ -267,6 +295,11 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Path], object]]] = {
         "data.tokenizer is 'bpe:4k'; expected bpe:N",
         lambda folder: make_tokenizer("bpe:4k", iter(["text"])),
     ),
+    "bpe of too few ids": (
+        ValueError,
+        "data.tokenizer is 'bpe:258'; expected bpe:N with N at least 259",
+        lambda folder: make_tokenizer("bpe:258", iter(["text"])),
+    ),
     "corpus without documents": (
         ValueError,
         "holds no text; expected some documents",
@@ -315,11 +348,6 @@ CASES: dict[str, tuple[type[Exception], str, Callable[[Path], object]]] = {
         "data my text holds 11 tokens; expected at least 12, one window of data.seq; give more "
         "text or lower data.seq",
         lambda folder: Loader([(small_source(folder), 1.0)], seq=12, batch=1, seed=0),
-    ),
-    "held-out text shorter than one window": (
-        ValueError,
-        "data my text holds 11 tokens; expected at least 12",
-        lambda folder: next(evaluation_batches(small_source(folder), seq=12, batch=1)),
     ),
     "seq of 0": (
         ValueError,

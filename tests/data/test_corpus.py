@@ -55,6 +55,15 @@ def test_a_second_path_is_the_held_out_part(tmp_path: Path) -> None:
     assert [d.id for d in corpus.documents("heldout")] == ["d10", "d11"]
 
 
+def test_held_out_files_are_left_out_of_the_training_part(tmp_path: Path) -> None:
+    for name in ("a", "b", "val"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "val.txt")
+    corpus = Corpus(str(tmp_path), heldout=str(tmp_path / "v*.txt"))
+    assert [*corpus.texts("train")] == ["a", "b"]
+    assert [*corpus.texts("heldout")] == ["val"]
+
+
 def test_nothing_is_held_out_where_the_fraction_is_zero(tmp_path: Path) -> None:
     corpus = Corpus(write_lines(tmp_path / "a.jsonl", range(4)), heldout=0)
     assert not corpus.has_heldout

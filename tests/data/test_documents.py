@@ -110,3 +110,12 @@ def test_zst_without_its_package_names_the_command(
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(RuntimeError, match=r"run: pip install 'transnormer\[zstd\]'"):
         list(read_documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["NOTES", "corpus.text", "a.csv", "b.rst.gz"])
+def test_a_named_file_is_text_whatever_its_name_ends_in(name: str, tmp_path: Path) -> None:
+    content = b"some text\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert [d.text for d in read_documents(str(tmp_path / name))] == ["some text\n"]
+    with pytest.raises(FileNotFoundError, match="expected at least one"):
+        list(read_documents(str(tmp_path)))

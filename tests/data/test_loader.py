@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_cases import numbered
+from data_cases import every_window, numbered
 
 from transnormer.data import (
     Batch,
     ByteTokenizer,
+    Document,
     Loader,
+    Tokenizer,
     TokenSource,
-    epoch_weights,
-    evaluation_batches,
     label_bytes,
     token_lengths,
     write_shards,
@@ -57,7 +57,7 @@ def test_each_label_is_the_token_after_its_input(source: TokenSource) -> None:
     stream = source.tokens(0, len(source))
     before = np.concatenate([[START], stream[:-1]])
     before[source.document_ends[:-1]] = START
-    batches = list(evaluation_batches(source, seq=8, batch=3))
+    batches = every_window(source, seq=8)
     inputs = torch.cat([batch.input_ids for batch in batches]).numpy()
     labels = torch.cat([batch.labels for batch in batches]).numpy()
     for window in range(7):
@@ -73,7 +73,7 @@ def test_each_label_is_the_token_after_its_input(source: TokenSource) -> None:
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_every_token_is_a_label_once_an_epoch(seq: int, packing: str, source: TokenSource) -> None:
     stream = source.tokens(0, len(source)).tolist()
-    batches = list(evaluation_batches(source, seq=seq, batch=2, packing=packing))
+    batches = every_window(source, seq=seq, packing=packing)
     assert labels_of(batches) == stream
     loader = Loader([(source, 1.0)], seq=seq, batch=1, seed=3, packing=packing)
     for epoch in range(2):
@@ -89,7 +89,8 @@ def test_every_epoch_visits_each_window_once_in_another_order(source: TokenSourc
 
 
 def test_cu_seqlens_agree_with_the_ends_of_documents(source: TokenSource) -> None:
-    for batch in evaluation_batches(source, seq=16, batch=2, packing="documents"):
+    loader = Loader([(source, 1.0)], seq=16, batch=2, seed=0, packing="documents")
+    for batch in map(loader.batch, range(4)):
         assert batch.cu_seqlens is not None
         bounds = batch.cu_seqlens.tolist()
         row = batch.input_ids[0].tolist()
@@ -101,14 +102,13 @@ def test_cu_seqlens_agree_with_the_ends_of_documents(source: TokenSource) -> Non
 
 def test_a_window_that_ends_with_a_document_has_no_empty_piece(tmp_path: Path) -> None:
     source = make_source(tmp_path / "s", [7, 7, 7, 7])
-    batch = next(evaluation_batches(source, seq=8, batch=4, packing="documents"))
+    batch = Loader([(source, 1.0)], seq=8, batch=4, seed=0, packing="documents").batch(0)
     assert batch.cu_seqlens is not None
     assert batch.cu_seqlens.tolist() == [0, 8, 16, 24, 32]
 
 
 def test_the_start_token_precedes_every_document_and_nothing_else(source: TokenSource) -> None:
-    batches = list(evaluation_batches(source, seq=1, batch=60))
-    inputs = batches[0].input_ids[:, 0]
+    inputs = torch.cat([batch.input_ids[0] for batch in every_window(source, seq=1)])
     begins = torch.from_numpy(np.concatenate([[0], source.document_ends[:-1]]))
     assert torch.equal(torch.nonzero(inputs == START)[:, 0], begins)
 
@@ -157,7 +157,6 @@ def test_a_mixture_follows_its_weights_and_each_source_its_epochs(tmp_path: Path
     loader = Loader([(a, 0.7), (b, 0.3)], seq=10, batch=5, seed=0)
     located = [loader.locate(sample) for sample in range(1000)]
     assert Counter(source for source, _, _ in located) == {0: 700, 1: 300}
-    assert loader.counts(200) == [700, 300]
     for number, windows in ((0, 20), (1, 4)):
         own = [(epoch, window) for source, epoch, window in located if source == number]
         assert own[0][0] == 0
@@ -166,26 +165,20 @@ def test_a_mixture_follows_its_weights_and_each_source_its_epochs(tmp_path: Path
         assert all(full[epoch] == windows for epoch in range(len(full) - 1))
 
 
-def test_epochs_become_weights(tmp_path: Path) -> None:
-    a = make_source(tmp_path / "a", [99, 99])
-    b = make_source(tmp_path / "b", [39])
-    weights = epoch_weights([(a, 1.0), (b, 3.0)], 10)
-    assert weights == [20, 12]
-    loader = Loader([(a, weights[0]), (b, weights[1])], seq=10, batch=1, seed=0)
-    seen = Counter(loader.locate(sample)[::2] for sample in range(32))
-    assert {count for (source, _), count in seen.items() if source == 0} == {1}
-    assert {count for (source, _), count in seen.items() if source == 1} == {3}
+@pytest.mark.parametrize("seq", [1, 5, 8])
+def test_label_bytes_are_the_bytes_of_the_text(
+    seq: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    texts = ["the text", " and", "线性", "the model reads the text"]
+    documents = [Document(str(place), text) for place, text in enumerate(texts)]
+    write_shards(documents, tokenizer, tmp_path / "out")
+    source = TokenSource(tmp_path / "out")
+    lengths = token_lengths(tokenizer)
+    counted = [label_bytes(batch, lengths, tokenizer) for batch in every_window(source, seq=seq)]
+    assert sum(counted) == sum(len(text.encode()) for text in texts)
 
 
-def test_evaluation_windows_spread_over_the_source(source: TokenSource) -> None:
-    stream = source.tokens(0, len(source)).tolist()
-    batches = list(evaluation_batches(source, seq=4, batch=2, max_windows=3))
-    assert [len(batch.labels) for batch in batches] == [2, 1]
-    assert labels_of(batches) == stream[0:4] + stream[20:24] + stream[40:44]
-
-
-def test_label_bytes_are_the_bytes_of_the_text(source: TokenSource) -> None:
-    lengths = token_lengths(ByteTokenizer())
-    batches = list(evaluation_batches(source, seq=8, batch=3))
-    assert sum(label_bytes(batch.labels, lengths) for batch in batches) == source.num_bytes
-    assert label_bytes(torch.tensor([[97, -100, ByteTokenizer.eos_id]]), lengths) == 1
+def test_ignored_labels_have_no_bytes() -> None:
+    labels = torch.tensor([[97, -100, ByteTokenizer.eos_id]])
+    batch = Batch(torch.tensor([[START, START, 97]]), labels, None)
+    assert label_bytes(batch, token_lengths(ByteTokenizer()), ByteTokenizer()) == 1

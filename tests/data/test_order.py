@@ -1,5 +1,6 @@
 """The order of samples: bijections and mixtures without a state."""
 
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -45,7 +46,6 @@ def test_each_source_is_numbered_without_gaps(weights: list[float]) -> None:
     mixture = Mixture(weights)
     counts = [0] * len(weights)
     for sample in range(200):
-        assert mixture.counts(sample) == counts
         source, number = mixture.locate(sample)
         assert number == counts[source]
         counts[source] += 1
@@ -58,8 +58,10 @@ def test_the_mixture_is_within_a_thousandth_after_ten_thousand_samples(
     weights: list[float],
 ) -> None:
     samples = 10_000
-    for weight, count in zip(weights, Mixture(weights).counts(samples), strict=True):
-        assert abs(count / samples - weight / sum(weights)) < 1e-3
+    mixture = Mixture(weights)
+    counts = Counter(mixture.locate(sample)[0] for sample in range(samples))
+    for source, weight in enumerate(weights):
+        assert abs(counts[source] / samples - weight / sum(weights)) < 1e-3
 
 
 def test_a_rare_source_comes_evenly() -> None:
@@ -69,9 +71,10 @@ def test_a_rare_source_comes_evenly() -> None:
 
 
 def test_far_samples_are_located_at_once() -> None:
-    mixture = Mixture([0.3, 0.7])
-    source, number = mixture.locate(10**15)
-    assert number == mixture.counts(10**15)[source]
+    weights = [0.3, 0.7]
+    source, number = Mixture(weights).locate(10**15)
+    # Shares are rounded to 40 bits.
+    assert abs(number / 10**15 - weights[source]) < 2**-40
 
 
 @pytest.mark.parametrize(
@@ -79,9 +82,9 @@ def test_far_samples_are_located_at_once() -> None:
     [
         ([], "weights is empty"),
         ([0.0, 0.0], "weights are all 0"),
-        ([1.0, -1.0], "weight is -1.0; expected a finite number >= 0"),
-        ([float("nan")], "weight is nan"),
-        ([float("inf")], "weight is inf"),
+        ([1.0, -1.0], r"data.weights\[1\] is -1.0; expected a finite number >= 0"),
+        ([float("nan")], r"data.weights\[0\] is nan"),
+        ([float("inf")], r"data.weights\[0\] is inf"),
     ],
 )
 def test_impossible_weights_are_refused(weights: list[float], message: str) -> None:

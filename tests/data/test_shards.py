@@ -89,6 +89,13 @@ def test_another_tokenizer_is_noticed(source: TokenSource) -> None:
         source.check_tokenizer(other)
 
 
+def test_another_start_token_is_noticed(source: TokenSource) -> None:
+    path = source.directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"start_id": 3}))
+    with pytest.raises(ValueError, match="begins documents with token 3; expected 257"):
+        TokenSource(source.directory).check_tokenizer(BYTES)
+
+
 def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     def failing() -> Iterator[Document]:
         yield Document("a", "text")
@@ -137,7 +144,7 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_file_is_named(name: str, how: str, source: TokenSource) -> None:
     damage(source.directory / name, how)
     with pytest.raises(ValueError, match=rf"{name} .*; tokenise the text again"):
-        TokenSource.open(source.directory)
+        TokenSource(source.directory)
 
 
 @pytest.mark.parametrize("how", ["removed", "truncated", "longer"])
@@ -170,6 +177,9 @@ def dtype_of(ends: list[int]) -> str:
     [
         ("num_tokens", 61, "manifest.json says num_tokens 61, its shards 60"),
         ("num_bytes", 1, "manifest.json says num_bytes 1"),
+        ("start_id", 259, "manifest.json says start_id 259 of a vocabulary of 259"),
+        ("start_id", -1, "manifest.json says start_id -1"),
+        ("eos_id", 259, "manifest.json says eos_id 259 of a vocabulary of 259"),
         ("dtype", "int8", "dtype is 'int8'; expected"),
         ("format", "other", "format is 'other'; expected"),
         ("extra", 1, "extra is an unknown key"),
@@ -188,5 +198,5 @@ def test_a_changed_manifest_is_noticed(
 def test_a_manifest_that_is_no_table_is_noticed(content: str, source: TokenSource) -> None:
     path = source.directory / "manifest.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=r"manifest\.json is not"):
+    with pytest.raises(ValueError, match=r"manifest\.json (is not|holds a list)"):
         TokenSource(source.directory)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from data_cases import every_window
 
 from transnormer.data import (
-    evaluation_batches,
     label_bytes,
     open_tokenized,
     read_documents,
@@ -47,5 +47,6 @@ def test_a_corpus_is_tokenised_without_loss(
         assert decoded == set(texts)
     lengths = token_lengths(corpus.tokenizer)
     heldout = open_tokenized(tmp_path / "out").open("heldout")
-    batches = evaluation_batches(heldout, seq=256, batch=16, packing="documents")
-    assert sum(label_bytes(b.labels, lengths) for b in batches) == corpus.heldout.num_bytes
+    batches = every_window(heldout, seq=256, packing="documents")
+    counted = sum(label_bytes(batch, lengths, corpus.tokenizer) for batch in batches)
+    assert counted == corpus.heldout.num_bytes

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import train_cases
 
+from transnormer.config import validate
 from transnormer.models.decoder import Decoder
 from transnormer.train import RunConfig, read_run, run_training
 
@@ -59,7 +61,18 @@ def test_a_vocabulary_may_be_padded_but_not_cut(make_config: MakeConfig) -> None
         ("model.name=tnl-9b", r"model has .*; expected name alone"),
         ("model.heads=none", r"model.heads is 'none'; expected an integer"),
         ("data.heldout=1.0", r"data.heldout is 1.0; expected a share"),
+        ("data.heldout=", r"data.heldout is ''; expected a share"),
         ("data.weights=[1.0, 2.0]", r"data.weights is \[1.0, 2.0\]; expected one positive number"),
+        ("data.weights=[0.0]", r"data.weights\[0\] is 0.0; expected a finite number above 0"),
+        ("data.weights=[inf]", r"data.weights\[0\] is inf; expected a finite number above 0"),
+        ("data.heldout=[1]", r"data.heldout is \(1,\); expected a number or a string \(test\)"),
+        ("data.path=3", r"data.path is 3; expected a string or a list \(test\)"),
+        ("data.path=[3]", r"data.path is \(3,\); expected a string; 1 more \(test\)"),
+        ("model.heads=3", r"model.heads is 3; expected a divisor of model_dim, .* 32 \(test\)"),
+        ("model.init_std=inf", r"model.init_std is inf; expected a finite number"),
+        ("optimizer.weight_decay=inf", r"optimizer.weight_decay is inf; expected a finite number"),
+        ("optimizer.eps=inf", r"optimizer.eps is inf; expected a finite number"),
+        ("optimizer.clip=inf", r"optimizer.clip is inf; expected a finite number"),
         ("data.seq=0", r"data.seq is 0"),
         ("data.path=", r"data.path is ''; expected a path"),
         ("optimizer.schedule=linear", r"optimizer.schedule is 'linear'; expected 'cosine'"),
@@ -78,6 +91,23 @@ def test_unknown_names_are_refused(make_config: MakeConfig) -> None:
     data = {**make_config().model_dump(), "model": {"name": "tnl-9b"}}
     with pytest.raises(ValueError, match="name is 'tnl-9b'; expected one of tnl-385m"):
         RunConfig.model_validate(data)
+
+
+def test_blocks_that_cannot_be_built_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    block = {
+        "token_mixer": {"kind": "lightning", "heads": 2},
+        "channel_mixer": {"kind": "glu", "hidden_dim": 8},
+    }
+    bad = {**block, "token_mixer": {"kind": "lightning", "heads": 3}}
+    data = train_cases.tiny_run(tmp_path).model_dump()
+    for blocks, message in (
+        ([block, bad], r"model.blocks\[1\] cannot be built: heads is 3; .* of 8 \(run.toml\)"),
+        ([], r"model.blocks is \(\); expected.*\(run.toml\)"),
+    ):
+        wrong = {**data, "model": {"model_dim": 8, "blocks": blocks}}
+        with pytest.raises(ValueError, match=message) as caught:
+            validate(RunConfig, wrong, source="run.toml")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "sp", "tp"])

@@ -2,17 +2,15 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import Notes, constant_evaluation
+from train_cases import Notes, constant_evaluation, files_limited_to
 
 from transnormer.train import RunConfig, StepReport, run_training
 from transnormer.train.checkpoints import find_checkpoint, list_checkpoints, what_is_wrong
@@ -229,15 +227,32 @@ def damage(path: Path, kind: str) -> None:
         (path / "optimizer.safetensors").unlink()
     elif kind == "unmarked":
         (path / "COMPLETE").unlink()
-    elif kind == "marker":
-        (path / "COMPLETE").write_text('{"files": {}}')
     else:
-        (path / "COMPLETE").write_text("")
+        (path / "COMPLETE").write_text(kind)
 
 
-@pytest.mark.parametrize(
-    "kind", ["truncated", "changed", "missing", "unmarked", "marker", "empty marker"]
-)
+MARKERS = [
+    "",
+    "[1]",
+    '{"files": {}}',
+    '{"files": 3}',
+    '{"format": "transnormer-checkpoint-1", "files": {"model.safetensors": 5}}',
+    '{"format": "transnormer-checkpoint-1", "files": {"model.safetensors": {"bytes": 5}}}',
+    '{"format": "transnormer-checkpoint-2", "files": {"trainer.json": {"bytes": 5, "sha256": ""}}}',
+]
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_a_damaged_marker_is_named(make_config: MakeConfig, marker: str) -> None:
+    path = run_training(make_config("train.steps=1")).checkpoint
+    damage(path, marker)
+    reason = what_is_wrong(path)
+    assert reason is not None
+    assert reason.startswith(f"{path / 'COMPLETE'} is damaged: ")
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize("kind", ["truncated", "changed", "missing", "unmarked", *MARKERS])
 def test_damaged_checkpoints_are_never_loaded(make_config: MakeConfig, kind: str) -> None:
     config = make_config("train.save_every=2", "train.steps=4", "train.keep_last=0")
     run = run_training(config).run_dir
@@ -277,17 +292,6 @@ def test_leftovers_of_a_killed_process_are_removed(make_config: MakeConfig) -> N
         "step_00000002",
         "step_00000004",
     ]
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Let the kernel refuse to write any file beyond a size, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_previous_checkpoint(make_config: MakeConfig) -> None:

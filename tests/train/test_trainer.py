@@ -4,10 +4,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from train_cases import Notes, constant_evaluation, some_text
+from train_cases import Found, Notes, constant_evaluation, some_text
 
 from transnormer.data import write_shards
 from transnormer.data.document import Document
@@ -84,9 +85,9 @@ def test_evaluations_come_before_between_and_after(make_config: MakeConfig) -> N
 
 
 def test_evaluation_changes_nothing(make_config: MakeConfig) -> None:
-    def wasteful(*arguments: object) -> object:
+    def wasteful(*arguments: object, progress: object) -> object:
         torch.rand(7)
-        return constant_evaluation(*arguments)
+        return constant_evaluation(*arguments, progress=progress)
 
     plain = run_training(make_config("output.dir=" + make_config().output.dir + "a"))
     watched = run_training(make_config("train.eval_every=1"), evaluate=wasteful)
@@ -180,6 +181,45 @@ def test_gradient_that_is_not_finite_stops_before_the_update(make_config: MakeCo
     with pytest.raises(TrainingDiverged, match="grad_norm is inf at step 1.*checkpoint is none"):
         run_training(make_config(), sync=poison)
     assert all(bool(p.isfinite().all()) for p in poison.model.parameters())
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_parameters_that_are_not_finite_are_never_saved(
+    make_config: MakeConfig, save_every: int
+) -> None:
+    class Poison(OneProcess):
+        def after_step(self, model: Decoder, step: int) -> None:
+            if step == 4:
+                with torch.no_grad():
+                    model.blocks[1].channel_mixer.up_proj.weight[0, 0] = math.inf
+
+    config = make_config(f"train.save_every={save_every}", "train.steps=4")
+    last = ".*step_00000002" if save_every else "none"
+    pattern = rf"up_proj.weight is NaN or infinite after step 4; .*checkpoint is {last}; lower"
+    with pytest.raises(TrainingDiverged, match=pattern):
+        run_training(config, sync=Poison())
+    names = [path.name for path in (Path(config.output.dir) / "checkpoints").iterdir()]
+    assert names == (["step_00000002"] if save_every else [])
+
+
+@pytest.mark.parametrize(("bad_step", "last"), [(0, "none"), (4, ".*step_00000002")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(
+    make_config: MakeConfig, value: float, bad_step: int, last: str
+) -> None:
+    notes = Notes()
+
+    def evaluate(*arguments: Any, progress: object) -> Found:
+        found = constant_evaluation(*arguments)
+        step = notes.steps[-1].step if notes.steps else 0
+        return found._replace(nats_per_token=value) if step == bad_step else found
+
+    config = make_config("train.save_every=2", "train.eval_every=2")
+    pattern = rf"held-out loss is (nan|inf) at step {bad_step}; .*checkpoint is {last}; lower"
+    with pytest.raises(TrainingDiverged, match=pattern):
+        run_training(config, evaluate=evaluate, progress=notes)
+    rows = read_records(Path(config.output.dir) / "evaluations.jsonl")
+    assert [row["step"] for row in rows] == list(range(0, bad_step, 2))
 
 
 def test_a_time_budget_ends_the_run_with_a_checkpoint(make_config: MakeConfig) -> None:

@@ -4,15 +4,10 @@ from transnormer.data.corpus import Corpus
 from transnormer.data.document import Document
 from transnormer.data.documents import read_documents
 from transnormer.data.embedded import embedded_documents, embedded_hash
-from transnormer.data.loader import (
-    Batch,
-    Loader,
-    epoch_weights,
-    evaluation_batches,
-    label_bytes,
-)
+from transnormer.data.loader import Batch, Loader, label_bytes
 from transnormer.data.prepare import (
     TokenizedCorpus,
+    bpe_size,
     make_tokenizer,
     open_tokenized,
     tokenize_corpus,
@@ -40,10 +35,9 @@ __all__ = [
     "TokenSource",
     "TokenizedCorpus",
     "Tokenizer",
+    "bpe_size",
     "embedded_documents",
     "embedded_hash",
-    "epoch_weights",
-    "evaluation_batches",
     "label_bytes",
     "load_tokenizer",
     "make_tokenizer",

@@ -2,18 +2,21 @@
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from transnormer.data.document import Document
-from transnormer.data.documents import EMBEDDED, read_documents
+from transnormer.data.documents import EMBEDDED, find_files, read_documents
 from transnormer.data.embedded import Split, embedded_documents, embedded_hash
 
 DEFAULT_HELDOUT = 0.1
+HELDOUT_NAME = "data.heldout"
 
 
 class Corpus:
     """Documents of a path, directory, glob or "embedded", in two parts that can be read again.
 
-    - heldout is a path or glob: its documents are held out, all of `pattern` is for training.
+    - heldout is a path or glob: its documents are held out, and all other files of `pattern` are for
+      training.
     - heldout is a fraction and the corpus is one single document: its last part, counted in
       characters, is held out.
     - heldout is a fraction otherwise: that share of the documents (one at least, all but one at
@@ -22,28 +25,43 @@ class Corpus:
     - heldout is 0: nothing is held out.
     """
 
-    def __init__(self, pattern: str, *, heldout: float | str | None = None) -> None:
-        """Look at the documents once, to count them. Raises what read_documents raises."""
-        self.pattern = pattern
+    def __init__(
+        self, pattern: str, *, heldout: float | str | None = None, name: str = "data.path"
+    ) -> None:
+        """Look at the documents once, to count them. Raises what read_documents raises.
+
+        Args:
+            pattern: what read_documents takes.
+            heldout: what is held out, see above.
+            name: what messages call the pattern.
+        """
+        self.pattern, self.name = pattern, name
         self._other: str | None = heldout if isinstance(heldout, str) else None
         self._own_split = pattern == EMBEDDED and (heldout is None or heldout == EMBEDDED)
         fraction = DEFAULT_HELDOUT if heldout is None else heldout
         self.fraction = 0.0 if isinstance(fraction, str) else float(fraction)
         if not 0 <= self.fraction < 1:
             raise ValueError(
-                f"data.heldout is {heldout}; expected 0 <= fraction < 1, or the path of a held-out "
+                f"{HELDOUT_NAME} is {heldout}; expected 0 <= fraction < 1, or the path of a held-out "
                 "text"
             )
         self._heldout: frozenset[int] = frozenset()
+        self._other_files: frozenset[Path] = frozenset()
+        if self._other is not None and self._other != EMBEDDED:
+            found = find_files(self._other, name=HELDOUT_NAME)
+            self._other_files = frozenset(path.resolve() for path in found)
         self._single = False
         if self.fraction and not self._own_split:
             self._choose()
         elif not self._own_split:
-            next(read_documents(pattern))
+            next(self._read())
+
+    def _read(self) -> Iterator[Document]:
+        return read_documents(self.pattern, name=self.name, without=self._other_files)
 
     def _choose(self) -> None:
         keys = []
-        for number, document in enumerate(read_documents(self.pattern)):
+        for number, document in enumerate(self._read()):
             digest = hashlib.sha256(document.id.encode("utf-8", "surrogatepass")).digest()
             keys.append((digest, number))
         self._single = len(keys) == 1
@@ -69,11 +87,13 @@ class Corpus:
         if self._own_split or (self.pattern == EMBEDDED and self._other and split == "train"):
             yield from embedded_documents(split)
         elif self._other is not None:
-            yield from read_documents(self.pattern if split == "train" else self._other)
+            yield from (
+                self._read() if split == "train" else read_documents(self._other, name=HELDOUT_NAME)
+            )
         elif self._single:
-            yield from self._part_of_one(next(read_documents(self.pattern)), split)
+            yield from self._part_of_one(next(self._read()), split)
         else:
-            for number, document in enumerate(read_documents(self.pattern)):
+            for number, document in enumerate(self._read()):
                 if (number in self._heldout) == (split == "heldout"):
                     yield document
 
@@ -82,8 +102,8 @@ class Corpus:
         text = document.text[:cut] if split == "train" else document.text[cut:]
         if not text:
             raise ValueError(
-                f"data.path is {self.pattern!r} with {len(document.text)} characters; expected "
-                f"enough for a {split} part of it; give more text or set data.heldout to 0"
+                f"{self.name} is {self.pattern!r} with {len(document.text)} characters; expected "
+                f"enough for a {split} part of it; give more text or set {HELDOUT_NAME} to 0"
             )
         yield Document(f"{document.id}:{split}", text)
 

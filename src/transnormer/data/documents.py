@@ -7,7 +7,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,42 +21,48 @@ _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 20
 
 
-def read_documents(pattern: str) -> Iterator[Document]:
+def read_documents(
+    pattern: str, *, name: str = "data.path", without: Collection[Path] = ()
+) -> Iterator[Document]:
     """Yield the documents of a file, a directory, a glob, or of the corpus named "embedded".
 
     A .txt or .md file is one document, each line of a .jsonl file another: an object whose "text"
     is the text and whose optional "id" the name. Any of them may end in .xz, .gz or .zst as well.
-    Directories are read with all below them, files in the order of their names. Text is
-    kept as it is, line ends included; a byte order mark at the head of a file is dropped, and so
-    are empty documents.
+    Directories are read with all below them, files in the order of their names; they and globs
+    take files of these kinds, while a file that is named itself is plain text whatever else its
+    name ends in. Text is kept as it is, line ends included; a byte order mark at the head of a file
+    is dropped, and so are empty documents.
+
+    Args:
+        pattern: a file, a directory, a glob, or "embedded".
+        name: what messages call the pattern.
+        without: files to leave out, as resolved paths.
 
     Raises FileNotFoundError where nothing matches, RuntimeError for .zst without zstandard, and
     ValueError that names the file (and the line) for bad UTF-8, bad JSON, a damaged
-    archive, an unknown kind of file, and for a corpus without any text.
+    archive, and for a corpus without any text.
     """
     if pattern == EMBEDDED:
         yield from embedded_documents("train")
         yield from embedded_documents("heldout")
         return
     empty = True
-    for path in find_files(pattern):
+    for path in find_files(pattern, name=name):
+        if path.resolve() in without:
+            continue
         for document in _read_file(path):
             if document.text:
                 empty = False
                 yield document
     if empty:
-        raise ValueError(f"data.path is {pattern!r}, which holds no text; expected some text")
+        what = "no text beside the held-out one" if without else "no text"
+        raise ValueError(f"{name} is {pattern!r}, which holds {what}; expected some text")
 
 
-def find_files(pattern: str) -> list[Path]:
+def find_files(pattern: str, *, name: str = "data.path") -> list[Path]:
     """Return the files that a path, directory or glob means, sorted by name."""
     path = Path(pattern)
     if path.is_file():
-        if _kind(path) is None:
-            raise ValueError(
-                f"data.path is {pattern!r}; expected a file that ends in "
-                f"{', '.join(TEXT_SUFFIXES)}, then perhaps {', '.join(COMPRESSED_SUFFIXES)}"
-            )
         return [path]
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -64,13 +70,13 @@ def find_files(pattern: str) -> list[Path]:
         inside = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
     else:
         raise FileNotFoundError(
-            f"data.path is {pattern!r}; expected a file, a directory, a glob that matches files or "
+            f"{name} is {pattern!r}; expected a file, a directory, a glob that matches files or "
             f"{EMBEDDED!r}; check the path"
         )
     files = [p for p in inside if _kind(p) is not None]
     if not files:
         raise FileNotFoundError(
-            f"data.path is {pattern!r}, which holds no {', '.join(TEXT_SUFFIXES)} file; expected "
+            f"{name} is {pattern!r}, which holds no {', '.join(TEXT_SUFFIXES)} file; expected "
             "at least one; check the path"
         )
     return files
@@ -174,7 +180,8 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Document]:
             continue
         try:
             record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
+            # A number of more digits than Python converts is a ValueError of another kind.
             raise ValueError(
                 f"{where} is not JSON: {error}; expected one object on each line"
             ) from None

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: windows of token streams, in an order that is a function.
+"""Batches for training: windows of token streams, in an order that is a function.
 
 A source of n tokens has ceil(n / seq) windows. Window w predicts tokens w seq to (w + 1) seq, each
 from the ones before it. What stands before a document's first token is the start token (bos, or eos
@@ -8,7 +8,7 @@ token is predicted exactly once an epoch.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transnormer.data.order import Mixture, hash_key, permute
 from transnormer.data.shards import TokenSource
+from transnormer.data.tokenizers.base import Tokenizer, start_id
 
 IGNORED = -100
 Packing = Literal["stream", "documents"]
@@ -53,11 +54,6 @@ def num_windows(source: TokenSource, seq: int) -> int:
     return -(-len(source) // seq)
 
 
-def epoch_weights(sources: Sequence[tuple[TokenSource, float]], seq: int) -> list[float]:
-    """Turn epochs of each source into weights: sum(weights) samples then visit all of them so often."""
-    return [epochs * num_windows(source, seq) for source, epochs in sources]
-
-
 class Loader:
     """Samples of weighted sources in an order that depends on (seed, sample index) alone.
 
@@ -77,7 +73,7 @@ class Loader:
         """Mix sources by weight.
 
         Args:
-            sources: each with its share of the samples; for shares by epochs see epoch_weights.
+            sources: each with its share of the samples.
             seq: tokens of a window.
             batch: windows of a batch, over all ranks.
             seed: another seed, another order.
@@ -134,45 +130,25 @@ class Loader:
         located = [self.locate(step * self.batch_size + row) for row in rows]
         return _collate([(self.sources[s], w) for s, _, w in located], self.seq, self.packing)
 
-    def counts(self, steps: int) -> list[int]:
-        """Return how many windows of each source the first `steps` batches of all ranks hold."""
-        return self._mixture.counts(steps * self.batch_size)
 
+def label_bytes(batch: Batch, lengths: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Return the bytes of text that the labels of a batch stand for.
 
-def evaluation_batches(
-    source: TokenSource,
-    *,
-    seq: int,
-    batch: int,
-    packing: Packing = "stream",
-    max_windows: int | None = None,
-) -> Iterator[Batch]:
-    """Yield each window of a source once, in order; every token is a label exactly once.
-
-    With max_windows the windows are spread evenly over the source. The last batch may have fewer
-    rows. A window has no context before it; for scores with the whole document as context carry
-    the state instead.
-    """
-    total = num_windows(source, seq)
-    count = total if max_windows is None else min(total, max_windows)
-    chosen = [place * total // count for place in range(count)]
-    for start in range(0, count, batch):
-        windows = [(source, window) for window in chosen[start : start + batch]]
-        yield _collate(windows, seq, packing)
-
-
-def label_bytes(labels: Tensor, lengths: np.ndarray) -> int:
-    """Return the bytes of text that the labels stand for.
+    Ignored labels and special tokens have none, and a label that begins a document has none for the
+    prefix that the tokenizer put there.
 
     Args:
-        labels: int64, any shape; -100 and special tokens count nothing.
+        batch: of documents of this tokenizer.
         lengths: token_lengths(tokenizer).
+        tokenizer: what made the labels.
 
     nats / ln 2 / label_bytes is bits per byte. The nats of end-of-text tokens belong to it, although
     they have no bytes: a model must also say where a text ends.
     """
-    flat = labels.reshape(-1).cpu().numpy()
-    return int(lengths[flat[flat != IGNORED]].sum())
+    valid = batch.labels != IGNORED
+    begins = int((valid & (batch.input_ids == start_id(tokenizer))).sum())
+    total = int(lengths[batch.labels[valid].cpu().numpy()].sum())
+    return total - begins * len(tokenizer.prefix)
 
 
 def _window(

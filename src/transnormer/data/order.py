@@ -62,9 +62,11 @@ class Mixture:
         """Take one weight a source: finite, not negative, not all zero."""
         if not weights:
             raise ValueError("weights is empty; expected one for each source")
-        for weight in weights:
+        for index, weight in enumerate(weights):
             if not 0 <= weight < float("inf"):
-                raise ValueError(f"weight is {weight}; expected a finite number >= 0")
+                raise ValueError(
+                    f"data.weights[{index}] is {weight}; expected a finite number >= 0"
+                )
         total = sum(weights)
         if total <= 0:
             raise ValueError("weights are all 0; expected at least one above 0")
@@ -89,15 +91,6 @@ class Mixture:
                 return source, before
             index -= before
         raise AssertionError("the last source with a share takes every sample that is left")
-
-    def counts(self, samples: int) -> list[int]:
-        """Return how many of the first `samples` samples come from each source."""
-        result, left_over = [], samples
-        for share, left in self._steps:
-            taken = _rounded(left_over, share, left) if share else 0
-            result.append(taken)
-            left_over -= taken
-        return result
 
 
 def _rounded(count: int, share: int, left: int) -> int:

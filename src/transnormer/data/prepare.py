@@ -10,7 +10,7 @@ from transnormer.data.corpus import Corpus, first_characters
 from transnormer.data.embedded import Split
 from transnormer.data.shards import Manifest, TokenSource, write_shards
 from transnormer.data.tokenizers import BpeTokenizer, Tokenizer, load_tokenizer, train_bpe
-from transnormer.data.tokenizers.bpe import Digits
+from transnormer.data.tokenizers.bpe import SMALLEST, Digits
 from transnormer.files import atomic_directory, write_synced
 
 TRAIN: Split = "train"
@@ -36,6 +36,21 @@ class TokenizedCorpus(NamedTuple):
         return source
 
 
+def bpe_size(spec: str | Path) -> int | None:
+    """Return N of a tokenizer that is "bpe:N", None for one that exists already.
+
+    Raises ValueError where N is no number of ids that a byte-level BPE can have.
+    """
+    if not str(spec).startswith(_BPE_PREFIX):
+        return None
+    number = str(spec).removeprefix(_BPE_PREFIX)
+    if not (number.isascii() and number.isdecimal() and len(number) < 10):
+        raise ValueError(f"data.tokenizer is {spec!r}; expected bpe:N with N a number of ids")
+    if int(number) < SMALLEST:
+        raise ValueError(f"data.tokenizer is {spec!r}; expected bpe:N with N at least {SMALLEST}")
+    return int(number)
+
+
 def make_tokenizer(spec: str | Path, train_texts: Iterator[str]) -> Tokenizer:
     """Load the tokenizer that `spec` names, or train it: "bpe:4096" is a BPE of 4,096 ids.
 
@@ -44,12 +59,10 @@ def make_tokenizer(spec: str | Path, train_texts: Iterator[str]) -> Tokenizer:
         train_texts: texts of the training part; read for "bpe:N" alone, 100 million characters at
             most.
     """
-    if not str(spec).startswith(_BPE_PREFIX):
+    size = bpe_size(spec)
+    if size is None:
         return load_tokenizer(spec)
-    number = str(spec).removeprefix(_BPE_PREFIX)
-    if not number.isdecimal():
-        raise ValueError(f"data.tokenizer is {spec!r}; expected bpe:N with N a number of ids")
-    return train_bpe(first_characters(train_texts, BPE_CHARACTERS), int(number))
+    return train_bpe(first_characters(train_texts, BPE_CHARACTERS), size)
 
 
 def train_tokenizer(
@@ -59,6 +72,7 @@ def train_tokenizer(
     *,
     heldout: float | str | None = None,
     digits: Digits = "threes",
+    name: str = "data.path",
 ) -> BpeTokenizer:
     """Train a byte-level BPE on the training part of a corpus and write it to a directory.
 
@@ -68,12 +82,13 @@ def train_tokenizer(
         directory: must not exist yet, or be empty.
         heldout: what the tokenizer must not see; the same default as tokenize_corpus has.
         digits: how digits are cut; see train_bpe.
+        name: what messages call the pattern.
 
     Beside tokenizer.json lies training.json: the arguments and the sha256 of the text.
     """
     with atomic_directory(Path(directory)) as temporary:
         digest = hashlib.sha256()
-        texts = Corpus(pattern, heldout=heldout).texts(TRAIN)
+        texts = Corpus(pattern, heldout=heldout, name=name).texts(TRAIN)
         seen = _hashed(first_characters(texts, BPE_CHARACTERS), digest.update)
         tokenizer = train_bpe(seen, vocab_size, digits=digits)
         tokenizer.save(temporary)
@@ -102,6 +117,7 @@ def tokenize_corpus(
     *,
     heldout: float | str | None = None,
     shard_tokens: int = 1 << 27,
+    name: str = "data.path",
 ) -> TokenizedCorpus:
     """Write directory/train, directory/heldout (shards) and directory/tokenizer.
 
@@ -112,12 +128,13 @@ def tokenize_corpus(
         directory: must not exist yet, or be empty; open_tokenized reads one that is there.
         heldout: a fraction, or the path of a held-out text; see Corpus.
         shard_tokens: size of a shard.
+        name: what messages call the pattern.
 
     The directory appears when all of it is written.
     """
     directory = Path(directory)
     with atomic_directory(directory) as temporary:
-        corpus = Corpus(pattern, heldout=heldout)
+        corpus = Corpus(pattern, heldout=heldout, name=name)
         if isinstance(tokenizer, str | Path):
             tokenizer = make_tokenizer(tokenizer, corpus.texts(TRAIN))
         tokenizer.save(temporary / TOKENIZER)

@@ -20,7 +20,7 @@ import numpy as np
 from transnormer.config import Config, validate
 from transnormer.data.document import Document
 from transnormer.data.tokenizers.base import Tokenizer, start_id
-from transnormer.files import atomic_directory, sha256, write_synced
+from transnormer.files import atomic_directory, read_json, sha256, write_synced
 
 MANIFEST = "manifest.json"
 FORMAT = "transnormer-shards-1"
@@ -214,11 +214,6 @@ class TokenSource:
         self._starts = np.array(starts, dtype=np.int64)
         self.document_ends = np.concatenate(ends)
 
-    @classmethod
-    def open(cls, directory: Path, verify: bool = True) -> "TokenSource":
-        """Open a directory of shards; see the constructor."""
-        return cls(directory, verify=verify)
-
     def __len__(self) -> int:
         """Number of tokens, end-of-text tokens included."""
         return self.manifest.num_tokens
@@ -281,6 +276,11 @@ class TokenSource:
                 f"{self.manifest.tokenizer_fingerprint[:12]}; expected "
                 f"{tokenizer.fingerprint[:12]}; tokenise the text again"
             )
+        if self.manifest.start_id != start_id(tokenizer):
+            raise ValueError(
+                f"{self.directory} begins documents with token {self.manifest.start_id}; expected "
+                f"{start_id(tokenizer)}, as its tokenizer does; tokenise the text again"
+            )
 
 
 def _shard_paths(directory: Path, name: str) -> dict[str, Path]:
@@ -294,13 +294,13 @@ def _read_manifest(directory: Path) -> Manifest:
         raise FileNotFoundError(
             f"{path} is missing; expected a directory that transnormer tokenize made; make it again"
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _corrupt(path, f"is not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise _corrupt(path, "is not a table")
-    manifest = validate(Manifest, data, source=str(path))
+    manifest = validate(Manifest, read_json(path), source=str(path))
+    for field in ("start_id", "eos_id"):
+        if not 0 <= getattr(manifest, field) < manifest.vocab_size:
+            raise _corrupt(
+                path,
+                f"says {field} {getattr(manifest, field)} of a vocabulary of {manifest.vocab_size}",
+            )
     for field in ("num_tokens", "num_documents", "num_bytes"):
         total = sum(getattr(shard, field) for shard in manifest.shards)
         if total != getattr(manifest, field):

@@ -16,10 +16,10 @@ class OptimizerConfig(ScheduleConfig):
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     # Largest global norm of the gradient; larger ones are scaled down to it. 0 never clips.
-    clip: float = Field(default=1.0, ge=0)
+    clip: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     # muon only: momentum of the blocks' matrices. Their updates are scaled to AdamW's size, so
     # that one rate serves both.
     momentum: float = Field(default=0.95, ge=0, lt=1)

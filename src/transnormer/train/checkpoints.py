@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -23,9 +23,8 @@ from transnormer.models.checkpoint import write_weights
 from transnormer.models.decoder import Decoder
 from transnormer.optim import Optimizer
 
-COMPLETE = "COMPLETE"
+COMPLETE, CHECKPOINTS = "COMPLETE", "checkpoints"
 OPTIMIZER, RANDOM, COUNTERS = "optimizer.safetensors", "random.safetensors", "trainer.json"
-FORMAT = "transnormer-checkpoint-1"
 _TEMPORARY = ".partial-"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -48,6 +47,20 @@ class Counters(Config):
     precision: str
 
 
+class FileFacts(Config):
+    """What a file of a checkpoint was when it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class Marker(Config):
+    """The COMPLETE file: every other file of the checkpoint by its name."""
+
+    format: Literal["transnormer-checkpoint-1"] = "transnormer-checkpoint-1"
+    files: dict[str, FileFacts] = Field(min_length=1)
+
+
 class Damaged(NamedTuple):
     """A checkpoint that must not be loaded, and what is wrong with it."""
 
@@ -64,12 +77,12 @@ class Found(NamedTuple):
 
 def step_path(run_dir: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"
+    return run_dir / CHECKPOINTS / f"step_{step:08d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoint folders by step, newest first, damaged ones included."""
-    folder = run_dir / "checkpoints"
+    folder = run_dir / CHECKPOINTS
     found = [
         (int(match[1]), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -78,10 +91,15 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def find_checkpoint(run_dir: Path) -> Found:
-    """Return the newest checkpoint whose every file is as it was written."""
+def find_checkpoint(run_dir: Path, *, before: int | None = None) -> Found:
+    """Return the newest checkpoint whose every file is as it was written.
+
+    With `before`, of the steps before this one.
+    """
     damaged = []
     for path in list_checkpoints(run_dir):
+        if before is not None and int(path.name.removeprefix("step_")) >= before:
+            continue
         reason = what_is_wrong(path)
         if reason is None:
             return Found(path, damaged)
@@ -95,18 +113,16 @@ def what_is_wrong(path: Path) -> str | None:
     if not marker.is_file():
         return f"{path} has no {COMPLETE} file"
     try:
-        files = read_json(marker).get("files")
+        files = validate(Marker, read_json(marker), source=COMPLETE).files
     except ValueError as error:
-        return str(error)
-    if not isinstance(files, dict) or not files:
-        return f"{marker} lists no files"
+        return f"{marker} is damaged: {error}"
     for name, facts in files.items():
-        file = path / str(name)
+        file = path / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes; {COMPLETE} says {facts['bytes']}"
-        if sha256(file) != facts["sha256"]:
+        if file.stat().st_size != facts.bytes:
+            return f"{file} has {file.stat().st_size} bytes; {COMPLETE} says {facts.bytes}"
+        if sha256(file) != facts.sha256:
             return f"{file} has another SHA-256 than {COMPLETE} says"
     return None
 
@@ -157,13 +173,13 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _write_marker(folder: Path) -> None:
-    files = {}
+    files: dict[str, FileFacts] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             sync(path)
             name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json({"format": FORMAT, "files": files}, folder / COMPLETE)
+            files[name] = FileFacts(bytes=path.stat().st_size, sha256=sha256(path))
+    write_json(Marker(files=files).model_dump(), folder / COMPLETE)
     sync(folder)
 
 
@@ -184,7 +200,7 @@ def set_aside(path: Path) -> Path:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed process left half written or half removed."""
-    for path in (run_dir / "checkpoints").glob(f"{_TEMPORARY}*"):
+    for path in (run_dir / CHECKPOINTS).glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path)
 
 

@@ -1,5 +1,6 @@
 """What a run measures: JSON lines, TensorBoard, a picture of the loss."""
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple, Protocol, TextIO
 
 from transnormer.files import write_atomic
 
-METRICS, EVALUATIONS, PICTURE = "metrics.jsonl", "evaluations.jsonl", "loss.png"
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+TENSORBOARD, PICTURE = "tensorboard", "loss.png"
 
 
 class StepReport(NamedTuple):
@@ -91,7 +93,7 @@ class Records:
         self._metrics = _append_to(run_dir / METRICS)
         self._evaluations = _append_to(run_dir / EVALUATIONS)
         # purge_step hides the points that another process wrote beyond this step.
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
 
     def step(self, report: StepReport) -> None:
         """Write one update."""
@@ -148,7 +150,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             row["step"] + 0
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number} is {line[:80]!r}; expected a JSON object with a step; "
                 "remove the line"
@@ -181,10 +183,10 @@ def draw_loss(run_dir: Path) -> Path | None:
     axes.set(xlabel="step", ylabel="bits per byte", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = run_dir / f".{PICTURE}.tmp"
-    with temporary.open("wb") as file:
-        canvas.print_png(file)
-    return temporary.replace(run_dir / PICTURE)
+    picture = io.BytesIO()
+    canvas.print_png(picture)
+    write_atomic(run_dir / PICTURE, picture.getvalue())
+    return run_dir / PICTURE
 
 
 def smooth(values: Sequence[float], span: float = 0.02) -> list[float]:

@@ -1,13 +1,15 @@
 """The configuration of a run, exactly the tables of its TOML file."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from transnormer.config import Config, apply_overrides, read_toml, validate
 from transnormer.models import zoo
-from transnormer.models.decoder import BlockConfig, DecoderConfig
+from transnormer.models.decoder import Block, BlockConfig, DecoderConfig
 from transnormer.optim import OptimizerConfig
 
 _SIZES = ("model_dim", "num_layers", "heads", "glu_dim")
@@ -25,7 +27,7 @@ class ModelConfig(Config):
     """
 
     name: str | None = None
-    blocks: tuple[BlockConfig, ...] | None = None
+    blocks: tuple[BlockConfig, ...] | None = Field(default=None, min_length=1)
     model_dim: int | None = Field(default=None, ge=1)
     num_layers: int | None = Field(default=None, ge=1)
     heads: int | None = Field(default=None, ge=1)
@@ -33,7 +35,7 @@ class ModelConfig(Config):
     vocab_size: int | None = Field(default=None, ge=1)
     tie_embeddings: bool | None = None
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    init_std: float | None = Field(default=None, gt=0)
+    init_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_form(self) -> "ModelConfig":
@@ -47,16 +49,33 @@ class ModelConfig(Config):
             raise ValueError(f"name is {self.name!r}; expected one of {', '.join(zoo.names())}")
         return self
 
-    def build(
-        self, vocab_size: int, *, pad: int | None, bos: int | None, eos: int | None
-    ) -> DecoderConfig:
-        """Return the model's configuration for a tokenizer's vocabulary and special ids."""
+    @model_validator(mode="after")
+    def _check_shape(self) -> "ModelConfig":
+        if self.name is None:
+            decoder = self.build(self.vocab_size or 1, pad=None, bos=None, eos=None)
+            for index in range(len(decoder.blocks)):
+                try:
+                    with torch.device("meta"):
+                        Block(decoder, index)
+                except ValueError as error:
+                    raise ValueError(f"blocks[{index}] cannot be built: {error}") from error
+        return self
+
+    def rows(self, vocab_size: int) -> int:
+        """Return the rows of the embedding for a tokenizer's vocabulary; ValueError for too few."""
         rows = self.vocab_size or vocab_size
         if rows < vocab_size:
             raise ValueError(
                 f"model.vocab_size is {rows}; expected at least the tokenizer's {vocab_size}; "
                 "leave it out or raise it"
             )
+        return rows
+
+    def build(
+        self, vocab_size: int, *, pad: int | None, bos: int | None, eos: int | None
+    ) -> DecoderConfig:
+        """Return the model's configuration for a tokenizer's vocabulary and special ids."""
+        rows = self.rows(vocab_size)
         if self.name is not None:
             config = zoo.get(self.name, vocab_size=rows)
         elif self.blocks is not None:
@@ -93,9 +112,10 @@ class DataConfig(Config):
         seq: tokens of one sample.
         packing: `stream` cuts the corpus into samples that carry on across documents; `documents`
             starts every document from an empty state.
-        heldout: what is kept out of training: a share of each path (the end of a single document,
-            else whole documents), 0, or the path of a held-out text. None is a tenth, and for
-            `embedded` its own split.
+        heldout: what is kept out of training: a share of each path of text (the end of a single
+            document, else whole documents), 0, or the path of a held-out text, whose files are
+            then not trained on. None is a tenth, and for `embedded` and a folder that `transnormer
+            tokenize` made their own split.
     """
 
     path: str | tuple[str, ...] = "embedded"
@@ -113,17 +133,23 @@ class DataConfig(Config):
     @field_validator("heldout")
     @classmethod
     def _check_heldout(cls, heldout: float | str | None) -> float | str | None:
-        if isinstance(heldout, float) and not 0 <= heldout < 1:
-            raise ValueError(f"heldout is {heldout}; expected a share in [0, 1) or a path")
+        if heldout == "" or (isinstance(heldout, float) and not 0 <= heldout < 1):
+            raise ValueError(f"heldout is {heldout!r}; expected a share in [0, 1) or a path")
         return heldout
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        for index, weight in enumerate(weights or ()):
+            if not 0 < weight < math.inf:
+                raise ValueError(f"weights[{index}] is {weight}; expected a finite number above 0")
+        return weights
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.paths or not all(self.paths):
             raise ValueError(f"path is {self.path!r}; expected a path or `embedded`")
-        if self.weights is not None and (
-            len(self.weights) != len(self.paths) or not all(w > 0 for w in self.weights)
-        ):
+        if self.weights is not None and len(self.weights) != len(self.paths):
             raise ValueError(
                 f"weights is {list(self.weights)}; expected one positive number for each of the "
                 f"{len(self.paths)} paths"

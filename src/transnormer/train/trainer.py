@@ -1,19 +1,17 @@
 """The training loop: one process's part of a run, from a configuration to a trained model."""
 
-import errno
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from transnormer.data import Batch, Loader, Tokenizer, label_bytes, token_lengths
+from transnormer.data import Batch, Loader, label_bytes, token_lengths
 from transnormer.models import checkpoint
 from transnormer.models.decoder import Decoder
 from transnormer.optim import build_optimizer
@@ -21,7 +19,8 @@ from transnormer.parallel import current_world
 from transnormer.train import checkpoints
 from transnormer.train.allocator import keep_freed_memory
 from transnormer.train.checkpoints import Counters
-from transnormer.train.corpus import Corpus, open_corpus, sample_texts
+from transnormer.train.divergence import check_finite, check_parameters
+from transnormer.train.evaluation import Evaluate, evaluate_until
 from transnormer.train.metrics import (
     EVALUATIONS,
     EvaluationReport,
@@ -34,27 +33,18 @@ from transnormer.train.metrics import (
 )
 from transnormer.train.precision import autocast_for, choose_device, choose_precision
 from transnormer.train.recipe import RunConfig
-from transnormer.train.run_directory import DATA, open_run, removed_on_failure, write_config
-from transnormer.train.signals import stop_requests
+from transnormer.train.run_directory import (
+    DATA,
+    disk_errors_in_one_line,
+    open_run,
+    preparation,
+    write_config,
+)
+from transnormer.train.signals import SignalName, Stop, stop_requests, termination_raises
 from transnormer.train.sync import GradSync, OneProcess
+from transnormer.train.training_data import TrainingData, open_training_data, sample_texts
 
-StoppedBy = Literal["steps", "max_minutes", "SIGINT", "SIGTERM"]
-
-
-class Evaluation(Protocol):
-    """What an evaluation finds: sums over the text, and means in nats and in bits."""
-
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def nats_per_token(self) -> float: ...
-    @property
-    def bits_per_byte(self) -> float: ...
-
-
-Evaluate = Callable[[Decoder, Tokenizer, Sequence[str]], Evaluation]
+StoppedBy = Literal["steps", "max_minutes"] | SignalName
 
 
 class TrainResult(NamedTuple):
@@ -78,10 +68,6 @@ class TrainResult(NamedTuple):
     seconds: float
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite; no parameter was touched by that step."""
-
-
 def run_training(
     config: RunConfig,
     *,
@@ -93,20 +79,25 @@ def run_training(
     """Train as the configuration says, in a new run directory or (resume) in the one it names.
 
     A resumed run continues bit for bit on a CPU: weights, optimizer, random state and data. SIGINT
-    and SIGTERM end it after the step, with a checkpoint.
+    and SIGTERM end it after the step or within an evaluation, with a checkpoint; a second one ends
+    it at once. Before the first step there is nothing to keep: they raise KeyboardInterrupt and
+    SystemExit, and a new run directory is removed again, as it is after any other error there.
 
     Args:
         config: the run.
         resume: continue from the newest whole checkpoint; at step 0 where there is none.
         evaluate: scores held-out texts with the model (in eval mode); None never evaluates.
-        progress: is told of every step.
+        progress: is told of every step and evaluation, and what the run is about to do.
         sync: how this process works with others; None is alone.
 
     Raises:
         ValueError, FileNotFoundError: configuration, corpus or checkpoint is not usable.
         NotImplementedError: more than one device without a sync that does it.
-        TrainingDiverged: loss or gradient is NaN or infinite; names the last good checkpoint.
-        RuntimeError: the disk refuses a write; names the last good checkpoint.
+        TrainingDiverged: a loss (held-out ones too), a gradient or a parameter is NaN or infinite;
+            names the last good checkpoint.
+        RuntimeError: the disk refuses a write (names the last good checkpoint), the device is not
+            there, another process is training in the directory, or the launcher's variables are
+            wrong.
     """
     config.parallel.refuse_more_than_one()
     if sync is None and (found := current_world()).world_size > 1:
@@ -115,26 +106,23 @@ def run_training(
             "devices is not available; start one"
         )
     progress = progress or Quiet()
-    with open_run(config, resume=resume) as run:
-        with removed_on_failure(run):
-            corpus = open_corpus(config.data, run.path / DATA, progress.message)
-            trainer = Trainer(config, run.path, corpus, evaluate, progress, sync or OneProcess())
+    device = choose_device(config.train.device)
+    run_dir = Path(config.output.dir)
+    with (
+        termination_raises(progress.message),
+        disk_errors_in_one_line(run_dir),
+        open_run(config, resume=resume) as run,
+    ):
+        with preparation(run, config):
+            data = open_training_data(config, run_dir / DATA, progress.message)
+            trainer = Trainer(
+                config, run_dir, data, device, evaluate, progress, sync or OneProcess()
+            )
             trainer.start(resume=resume)
         try:
             return trainer.run()
-        except (OSError, SafetensorError) as error:
-            if not isinstance(error, SafetensorError) and error.errno not in _DISK_ERRORS:
-                raise
-            last = checkpoints.find_checkpoint(run.path).path
-            raise RuntimeError(
-                f"{run.path} cannot be written: {error}; expected free space; the last good "
-                f"checkpoint is {last or 'none'}; free space and continue with --resume"
-            ) from error
         finally:
             trainer.close()
-
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Trainer:
@@ -144,31 +132,32 @@ class Trainer:
         self,
         config: RunConfig,
         run_dir: Path,
-        corpus: Corpus,
+        data: TrainingData,
+        device: torch.device,
         evaluate: Evaluate | None,
         progress: Progress,
         sync: GradSync,
     ) -> None:
         train = config.train
-        self.config, self.run_dir, self.corpus = config, run_dir, corpus
+        self.config, self.run_dir, self.data = config, run_dir, data
         self.progress, self.sync, self.evaluate = progress, sync, evaluate
-        self.device = choose_device(train.device)
+        self.device = device
         if self.device.type == "cpu":
             keep_freed_memory()
-        precision = choose_precision(train.precision, self.device)
+        precision = choose_precision(train.precision, device)
         self.counters = Counters(step=0, next_sample=0, tokens=0, seconds=0.0, precision=precision)
         self.parts = config.samples_per_step // config.micro_batch // sync.world_size
         self.loader = Loader(
-            corpus.sources,
+            data.sources,
             seq=config.data.seq,
             batch=config.micro_batch * sync.world_size,
             seed=train.seed,
             packing=config.data.packing,
         ).for_rank(sync.rank, sync.world_size)
-        self.lengths = token_lengths(corpus.tokenizer)
-        self.heldout = sample_texts(corpus.heldout, train.eval_bytes)
+        self.lengths = token_lengths(data.tokenizer)
+        self.heldout = sample_texts(data.heldout, train.eval_bytes)
         torch.manual_seed(train.seed)
-        tokenizer = corpus.tokenizer
+        tokenizer = data.tokenizer
         decoder = config.model.build(
             tokenizer.vocab_size,
             pad=tokenizer.pad_id,
@@ -199,15 +188,16 @@ class Trainer:
             "parameters": self.model.num_parameters(),
             "precision": self.counters.precision,
             "device": str(self.device),
-            "tokenizer": self.corpus.tokenizer.fingerprint,
-            "training_tokens": [len(source) for source, _ in self.corpus.sources],
+            "tokenizer": self.data.tokenizer.fingerprint,
+            "training_tokens": [len(source) for source, _ in self.data.sources],
         }
         write_config(self.run_dir, self.config, resolved)
-        self.records = Records(self.run_dir, self.counters.step)
         self.progress.message(
             f"{self.model.num_parameters():,} parameters on {self.device} in "
             f"{self.counters.precision}"
         )
+        # Last: nothing fails while its files are open and nobody closes them.
+        self.records = Records(self.run_dir, self.counters.step)
 
     def _restore(self, path: Path) -> None:
         counters = checkpoints.read_counters(path)
@@ -229,17 +219,20 @@ class Trainer:
         self.clock = time.perf_counter() - self.counters.seconds
         last: Path | None = checkpoints.find_checkpoint(self.run_dir).path
         with stop_requests() as stop:
-            self._evaluate_if_due(stop)
-            stopped_by = self._stopped_by(stop)
+            stopped_by = self._stopped_by(stop) if self._evaluate_if_due(stop) else stop()
             while stopped_by is None:
                 self._update()
                 step = self.counters.step
                 stopped_by = self._stopped_by(stop)
                 if stopped_by or (train.save_every and step % train.save_every == 0):
                     last = self._save()
-                self._evaluate_if_due(stop, final=stopped_by is not None)
-        if last is None:
-            last = self._save()
+                if self._evaluate_if_due(stop, final=stopped_by is not None):
+                    stopped_by = stopped_by or self._stopped_by(stop)
+                else:
+                    stopped_by = stop()
+            newest = checkpoints.step_path(self.run_dir, self.counters.step)
+            if last != newest:
+                self._save()
         assert self.records is not None
         self.records.sync()
         draw_loss(self.run_dir)
@@ -248,7 +241,7 @@ class Trainer:
             run_dir=self.run_dir,
             step=self.counters.step,
             stopped_by=stopped_by,
-            checkpoint=last,
+            checkpoint=newest,
             first=evaluations[0] if evaluations else None,
             last=evaluations[-1] if evaluations else None,
             seconds=self.counters.seconds,
@@ -262,12 +255,12 @@ class Trainer:
             with suppress(OSError):
                 self.records.close()
 
-    def _stopped_by(self, stop: Callable[[], str | None]) -> StoppedBy | None:
-        train, name = self.config.train, stop()
+    def _stopped_by(self, stop: Stop) -> StoppedBy | None:
+        train = self.config.train
         if self.counters.step >= train.steps:
             return "steps"
-        if name is not None:
-            return "SIGINT" if name == "SIGINT" else "SIGTERM"
+        if (name := stop()) is not None:
+            return name
         if train.max_minutes is not None and self.counters.seconds >= 60 * train.max_minutes:
             return "max_minutes"
         return None
@@ -283,7 +276,7 @@ class Trainer:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
         loss = self.sync.total(nats.reshape(1)).item() / max(valid, 1.0)
-        self._check_finite(loss, norm.item(), done.step + 1)
+        check_finite({"loss": loss, "grad_norm": norm.item()}, done.step + 1, self.run_dir)
         if config.optimizer.clip:
             clip_grads_with_norm_(self.model.parameters(), config.optimizer.clip, norm)
         lr = config.optimizer.lr_at(done.step, config.train.steps)
@@ -316,7 +309,7 @@ class Trainer:
     def _counts(self, batches: Sequence[Batch]) -> Tensor:
         """Return the valid labels and their bytes, float64 [2]."""
         valid = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        text_bytes = sum(label_bytes(batch.labels, self.lengths) for batch in batches)
+        text_bytes = sum(label_bytes(batch, self.lengths, self.data.tokenizer) for batch in batches)
         return torch.tensor([valid, text_bytes], dtype=torch.float64, device=self.device)
 
     def _backward(self, batches: Sequence[Batch], valid: float) -> Tensor:
@@ -342,23 +335,15 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast_for(self.counters.precision, self.device) or nullcontext()
 
-    def _check_finite(self, loss: float, norm: float, step: int) -> None:
-        for name, value in (("loss", loss), ("grad_norm", norm)):
-            if not math.isfinite(value):
-                last = checkpoints.find_checkpoint(self.run_dir).path
-                raise TrainingDiverged(
-                    f"{name} is {value} at step {step}; expected a finite number; the last good "
-                    f"checkpoint is {last or 'none'}; lower optimizer.lr or lengthen the warm-up"
-                )
-
     def _save(self) -> Path:
+        check_parameters(self.model, self.counters.step, self.run_dir)
         assert self.records is not None
         self.records.sync()
         return checkpoints.write_checkpoint(
             self.run_dir,
             self.model,
             self.optimizer,
-            self.corpus.tokenizer,
+            self.data.tokenizer,
             self.counters,
             keep_last=self.config.train.keep_last,
         )
@@ -366,20 +351,25 @@ class Trainer:
     def _evaluations(self) -> list[EvaluationReport]:
         return [EvaluationReport(**row) for row in read_records(self.run_dir / EVALUATIONS)]
 
-    def _evaluate_if_due(self, stop: Callable[[], str | None], *, final: bool = False) -> None:
+    def _evaluate_if_due(self, stop: Stop, *, final: bool = False) -> bool:
         """Evaluate before the first step, every eval_every steps and after the last, once each.
 
-        A signal ends the run without another evaluation: who sends it is waiting.
+        A signal ends it at once, and nothing of it is recorded: who sends it is waiting. Returns
+        False where it was due and a signal came before its end.
         """
         step, every = self.counters.step, self.config.train.eval_every
         due = final or step in (0, self.config.train.steps) or (every and step % every == 0)
-        if self.evaluate is None or not self.heldout or not due or stop() is not None:
-            return
+        if self.evaluate is None or not self.heldout or not due:
+            return True
         if any(report.step == step for report in self._evaluations()):
-            return
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            found = self.evaluate(self.model.eval(), self.corpus.tokenizer, self.heldout)
+            return True
+        found = None
+        if stop() is None:
+            found = evaluate_until(
+                stop, self.evaluate, self.model, self.data.tokenizer, self.heldout
+            )
+        if found is None:
+            return False
         self.counters = self.counters.model_copy(
             update={"seconds": time.perf_counter() - self.clock}
         )
@@ -391,6 +381,9 @@ class Trainer:
             bytes=found.bytes,
             seconds=self.counters.seconds,
         )
+        losses = {"held-out loss": report.loss, "held-out bits per byte": report.bits_per_byte}
+        check_finite(losses, step, self.run_dir)
         assert self.records is not None
         self.records.evaluation(report)
         self.progress.evaluation(report)
+        return True

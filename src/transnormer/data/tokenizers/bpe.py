@@ -16,6 +16,8 @@ from transnormer.files import write_atomic
 
 FILE_NAME = "tokenizer.json"
 SPECIALS = ("<pad>", "<s>", "</s>")
+# Ids of a byte-level BPE without a single merge.
+SMALLEST = 256 + len(SPECIALS)
 _NAMES = {
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]", "<|im_end|>"),
@@ -131,10 +133,9 @@ def train_bpe(
 
     Raises ValueError where the texts hold too little for so many tokens.
     """
-    smallest = 256 + len(SPECIALS)
-    if vocab_size < smallest:
+    if vocab_size < SMALLEST:
         raise ValueError(
-            f"vocab_size is {vocab_size}; expected at least {smallest}: 256 bytes and "
+            f"vocab_size is {vocab_size}; expected at least {SMALLEST}: 256 bytes and "
             f"{len(SPECIALS)} special tokens"
         )
     if digits not in _DIGITS:

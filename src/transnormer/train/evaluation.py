@@ -1,0 +1,61 @@
+"""Held-out texts scored by a function that the trainer is handed, and stopped by a signal."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from transnormer.data import Tokenizer
+from transnormer.models.decoder import Decoder
+from transnormer.train.signals import Stop
+
+
+class Evaluation(Protocol):
+    """What an evaluation finds: sums over the text, and means in nats and in bits."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def nats_per_token(self) -> float: ...
+    @property
+    def bits_per_byte(self) -> float: ...
+
+
+class Evaluate(Protocol):
+    """Scores texts with a model; calls progress with the tokens just scored, every so often."""
+
+    def __call__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        texts: Sequence[str],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> Evaluation: ...
+
+
+class _Stopped(Exception):
+    """Leaves an evaluation from within."""
+
+
+def evaluate_until(
+    stop: Stop, evaluate: Evaluate, model: Decoder, tokenizer: Tokenizer, texts: Sequence[str]
+) -> Evaluation | None:
+    """Score texts; None where a signal asks to stop before all are scored.
+
+    Random numbers that the evaluation draws change nothing for the run.
+    """
+
+    def check(tokens: int) -> None:
+        if stop() is not None:
+            raise _Stopped
+
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            return evaluate(model.eval(), tokenizer, texts, progress=check)
+    except _Stopped:
+        return None
