@@ -2,15 +2,14 @@
 
 import io
 import json
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from decoder_cases import make_model, tnl_config
+from train_cases import files_limited_to
 
 from transnormer.cli.app import run
 from transnormer.cli.common import resolve_device
@@ -33,15 +32,6 @@ def inside(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The workshop as the current folder."""
     monkeypatch.chdir(workshop)
     return workshop
-
-
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file may grow beyond 2 KiB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def say(data: bytes, monkeypatch: pytest.MonkeyPatch, encoding: str = "utf-8") -> None:
@@ -101,10 +91,11 @@ def test_an_interrupt_that_comes_too_late_or_is_ignored_shows_nothing(when: str)
 
 
 def test_a_full_disk_names_the_file_and_the_remedy(
-    inside: Path, full_disk: None, capsys: pytest.CaptureFixture[str]
+    inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for layout in ("released", "transnormer"):
-        assert run(["convert", "model", "out", "--to", layout]) == 1
+        with files_limited_to(2048):
+            assert run(["convert", "model", "out", "--to", layout]) == 1
         error = only_error(capsys)
         assert "model.safetensors" in error
         assert "too large" in error
@@ -113,13 +104,11 @@ def test_a_full_disk_names_the_file_and_the_remedy(
 
 
 def test_a_full_disk_does_not_end_a_chat(
-    inside: Path,
-    full_disk: None,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     say(b"hello\n/save talk\nmore\n/save talk\n", monkeypatch)
-    assert run(["chat", "model", "-n", "3"]) == 0
+    with files_limited_to(2048):
+        assert run(["chat", "model", "-n", "3"]) == 0
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert all("talk: File too large; expected room on the disk" in line for line in errors)
