@@ -12,6 +12,8 @@ IGNORE_INDEX = -100
 # holds, on a GPU what fills it. It takes many rows, since each tile reads its part of the head once.
 _TILE_SHARE = 64
 _TILE_ROWS = 4096
+# Narrower tiles waste the matrix product; a vocabulary so small has small logits anyway.
+_TILE_WIDTH = 256
 _TILE_ELEMENTS = {"cpu": 1 << 20}
 _TILE_ELEMENTS_ELSEWHERE = 1 << 26
 
@@ -20,7 +22,8 @@ def _tile(x: Tensor, weight: Tensor) -> tuple[int, int]:
     """Rows and vocabulary entries of a tile."""
     elements = _TILE_ELEMENTS.get(x.device.type, _TILE_ELEMENTS_ELSEWHERE)
     rows = max(min(x.shape[0], _TILE_ROWS), 1)
-    return rows, max(min(elements // rows, -(-weight.shape[0] // _TILE_SHARE)), 1)
+    width = max(-(-weight.shape[0] // _TILE_SHARE), _TILE_WIDTH)
+    return rows, max(min(elements // rows, width), 1)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
