@@ -64,6 +64,8 @@ def test_a_vocabulary_may_be_padded_but_not_cut(make_config: MakeConfig) -> None
         ("data.heldout=", r"data.heldout is ''; expected a share"),
         ("data.weights=[1.0, 2.0]", r"data.weights is \[1.0, 2.0\]; expected one positive number"),
         ("data.weights=[0.0]", r"data.weights\[0\] is 0.0; expected a finite number above 0"),
+        ("data.epochs=[1.0, 2.0]", r"data.epochs is \[1.0, 2.0\]; expected one positive number"),
+        ("data.epochs=[-1.0]", r"data.epochs\[0\] is -1.0; expected a finite number above 0"),
         ("data.weights=[inf]", r"data.weights\[0\] is inf; expected a finite number above 0"),
         ("data.heldout=[1]", r"data.heldout is \(1,\); expected a number or a string \(test\)"),
         ("data.path=3", r"data.path is 3; expected a string or a list \(test\)"),

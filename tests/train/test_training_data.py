@@ -19,6 +19,7 @@ from transnormer.data import (
     write_shards,
 )
 from transnormer.train import RunConfig, run_training
+from transnormer.train.training_data import open_training_data
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -231,3 +232,15 @@ def test_bits_per_byte_of_a_tokenizer_with_a_prefix_counts_the_text_alone(
     size = sum(len(text) for text in texts)
     bits = report.loss * tokens / 0.6931471805599453
     assert report.bits_per_byte == pytest.approx(bits / size)
+
+
+def test_epochs_weigh_a_path_by_its_tokens(make_config: MakeConfig, folder: Path) -> None:
+    (folder / "b.txt").write_text("b" * 1500)
+    paths = [str(folder / name) for name in ("a.txt", "b.txt")]
+    config = make_config(f"data.path={paths}", "data.epochs=[2.0, 1.0]", "data.heldout=0.0")
+    run_training(config)
+    data = open_training_data(config, Path(config.output.dir) / "data", lambda _: None)
+    assert [(len(source), weight) for source, weight in data.sources] == [
+        (501, 1002.0),
+        (1501, 1501.0),
+    ]

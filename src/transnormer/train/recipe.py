@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from transnormer.config import Config, apply_overrides, read_toml, validate
 from transnormer.models import zoo
@@ -106,6 +106,8 @@ class DataConfig(Config):
         path: a file, a glob or a folder of text, a folder that `transnormer tokenize` made, or
             `embedded` (the text that ships with Python); a list mixes several by `weights`.
         weights: how often each path of a list is drawn from; None is their sizes in tokens.
+        epochs: instead of weights, how often each path is seen relative to the others (the
+            corpus tables of the papers): a path of n tokens and e epochs has the weight n * e.
         tokenizer: `bytes`, `bpe:N` (a byte-level BPE of N tokens trained on the training part), or
             the path of a tokenizer. None is the tokenizer that belongs to a tokenised path, else
             `bytes`.
@@ -120,6 +122,7 @@ class DataConfig(Config):
 
     path: str | tuple[str, ...] = "embedded"
     weights: tuple[float, ...] | None = None
+    epochs: tuple[float, ...] | None = None
     tokenizer: str | None = None
     seq: int = Field(ge=1)
     packing: Literal["stream", "documents"] = "stream"
@@ -137,23 +140,29 @@ class DataConfig(Config):
             raise ValueError(f"heldout is {heldout!r}; expected a share in [0, 1) or a path")
         return heldout
 
-    @field_validator("weights")
+    @field_validator("weights", "epochs")
     @classmethod
-    def _check_weights(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        for index, weight in enumerate(weights or ()):
-            if not 0 < weight < math.inf:
-                raise ValueError(f"weights[{index}] is {weight}; expected a finite number above 0")
-        return weights
+    def _check_shares(
+        cls, shares: tuple[float, ...] | None, info: ValidationInfo
+    ) -> tuple[float, ...] | None:
+        for index, share in enumerate(shares or ()):
+            if not 0 < share < math.inf:
+                name = f"{info.field_name}[{index}]"
+                raise ValueError(f"{name} is {share}; expected a finite number above 0")
+        return shares
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.paths or not all(self.paths):
             raise ValueError(f"path is {self.path!r}; expected a path or `embedded`")
-        if self.weights is not None and len(self.weights) != len(self.paths):
-            raise ValueError(
-                f"weights is {list(self.weights)}; expected one positive number for each of the "
-                f"{len(self.paths)} paths"
-            )
+        for name, shares in (("weights", self.weights), ("epochs", self.epochs)):
+            if shares is not None and len(shares) != len(self.paths):
+                raise ValueError(
+                    f"{name} is {list(shares)}; expected one positive number for each of the "
+                    f"{len(self.paths)} paths"
+                )
+        if self.weights is not None and self.epochs is not None:
+            raise ValueError("weights and epochs are both given; expected one of the two")
         return self
 
 

@@ -91,7 +91,10 @@ def open_training_data(
         source = _open(part, folder)
         source.check_tokenizer(tokenizer)
         opened[part.split].append(source)
-    weights = config.data.weights or [float(len(source)) for source in opened["train"]]
+    epochs = config.data.epochs or [1.0] * len(opened["train"])
+    weights = config.data.weights or [
+        share * len(source) for share, source in zip(epochs, opened["train"], strict=True)
+    ]
     heldout = [
         tokenizer.decode(ids[:-1].tolist())
         for source in opened["heldout"]
