@@ -36,9 +36,9 @@ FORMS = [
     Form("chunked", "none", 32_768, 32_768),
     Form("chunked", "token", 32_768, 32_768),
     Form("chunked", "key", 32_768, 32_768),
-    Form("lightning1", "constant", 32_768, 8192),
+    Form("lightning1", "constant", 16_384, 2048),
     Form("quadratic", "constant", 4096, 2048),
-    Form("reference", "constant", 32_768, 8192),
+    Form("reference", "constant", 32_768, 2048),
 ]
 
 
