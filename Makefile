@@ -40,7 +40,7 @@ QUICKSTART_RUN ?= runs/quickstart$(if $(wildcard runs/quickstart),-$(shell date 
 quickstart: $(VENV)/.installed-core
 	$(BIN)/transnormer train recipes/quickstart.toml --set output.dir=$(QUICKSTART_RUN)
 	@echo; echo "a sample of $(QUICKSTART_RUN), after the prompt \"def \":"
-	@$(BIN)/transnormer generate $(QUICKSTART_RUN) --prompt 'def ' --max-new-tokens 400 --seed 0
+	@$(BIN)/transnormer generate $(QUICKSTART_RUN) --prompt 'def ' --max-new-tokens 200 --temperature 0.7 --top-p 0.9 --seed 0
 
 test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory check
