@@ -302,3 +302,13 @@ def test_ids_from_a_limit_on_are_never_drawn(model: Decoder, sampling: dict[str,
         assert [ids[0] for ids in generation.token_ids] == first
     with pytest.raises(ValueError, match="limit is 0; expected at least 1"):
         generation.draw_below(0)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"seed": 1.5}, {"seed": True}, {"temperature": "1"}, {"top_k": "3"}, {"top_p": True}],
+    ids=str,
+)
+def test_an_argument_of_another_type_is_a_type_error(argument: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=next(iter(argument))):
+        generate(make_model(), make_ids(1, 3), max_new_tokens=1, **argument)

@@ -340,3 +340,20 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match=r"model\.safetensors cannot be written: No space left"):
         checkpoint.save(make_model(), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved_or_loaded_says_so(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="model is Linear; expected a Decoder"):
+        checkpoint.save(torch.nn.Linear(2, 2), tmp_path / "linear")
+    for dtype in ("bfloat16", torch.int64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match="dtype is"):
+            checkpoint.load(saved, dtype=dtype)
+
+
+def test_a_link_is_written_through(saved: Path) -> None:
+    link = saved.parent / "link"
+    link.symlink_to(saved)
+    checkpoint.save(make_model(tnl_config(vocab_size=7)), link)
+    assert link.is_symlink()
+    assert checkpoint.load(saved).config.vocab_size == 7
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["link", "model"]

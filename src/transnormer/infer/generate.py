@@ -59,6 +59,9 @@ def generate(
     """
     if not model.config.causal:
         raise ValueError("config.causal is False; expected True: only a causal model generates")
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{name} is {value!r}; expected a number")
     values = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = validate(SamplingConfig, values, source="arguments of generate")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
@@ -67,6 +70,8 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; expected an integer")
     prompts = _checked_prompts(input_ids, model.config.vocab_size)
     return Generation(
         model,

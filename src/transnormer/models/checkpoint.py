@@ -23,6 +23,7 @@ from transnormer.models.convert import released
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.tensor_files import StoredTensor
 from transnormer.nn.precision import KeepPrecision
+from transnormer.ops.checks import FLOAT_DTYPES
 
 Layout = Literal["transnormer", "released"]
 
@@ -51,10 +52,14 @@ def save(model: Decoder, path: str | Path, *, layout: Layout = "transnormer") ->
     Raises:
         NotImplementedError: the released layout cannot express the model; the field is named.
         ValueError: an unknown layout, or path holds something that is not a saved model.
+        TypeError: a model that is no ``Decoder``.
     """
     if layout not in ("transnormer", "released"):
         raise ValueError(f"layout is {layout!r}; expected 'transnormer' or 'released'")
-    target = Path(path)
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model is {type(model).__name__}; expected a Decoder")
+    # A link stays a link: what it points to is replaced.
+    target = Path(path).resolve()
     _check_replaceable(target)
     tensors = dict(model.state_dict())
     raw: dict[str, Any] | None = None
@@ -343,8 +348,8 @@ def _common_dtype(
     dtype: torch.dtype | None,
 ) -> torch.dtype:
     if dtype is not None:
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; expected a floating dtype")
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype is {dtype!r}; expected a torch dtype, float16 to float64")
         return dtype
     found = {x.tensor.dtype for name, x in stored.items() if name not in keep}
     if len(found) > 1:
