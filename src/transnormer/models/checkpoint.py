@@ -46,7 +46,7 @@ def save(model: Decoder, path: str | Path, *, layout: Layout = "transnormer") ->
 
     Args:
         model: what to write, in its dtype.
-        path: the directory; an earlier saved model there is replaced, nothing else is.
+        path: the directory; a saved model there is replaced, a tokenizer beside it removed.
         layout: "transnormer", or "released" for the layout of the released TransNormerLLM.
 
     Raises:
