@@ -1,8 +1,11 @@
 """What the benchmarks share: timing, facts about the machine, limits measured, results on disk."""
 
+import importlib.metadata
 import json
+import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PEER_PACKAGES = ("flash-linear-attention", "fla-core", "lightning-attn")
 
 
 def seconds(call: Callable[[], object], *, repeats: int, budget: float = 10.0) -> float:
@@ -45,9 +49,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """The commit of this checkout, with "+changes" where files differ from it."""
+def _commit(told: str | None = None) -> str:
+    """The commit of this checkout, "+changes" where files differ from it; else what was told."""
     root = Path(__file__).parents[1]
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return told or "unknown"
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -57,8 +63,8 @@ def _commit() -> str:
     return (git("rev-parse", "HEAD") or "unknown") + changed
 
 
-def environment() -> dict[str, Any]:
-    """Facts that a figure means nothing without."""
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Facts that a figure means nothing without; ``commit`` is for a copy without its history."""
     return {
         "device": _cpu_name(),
         "cores": os.cpu_count(),
@@ -66,10 +72,47 @@ def environment() -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": _commit(commit),
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str:
+    """The version of the GPU's driver."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip().partition("\n")[0] or "unknown"
+
+
+def gpu_environment(commit: str | None = None) -> dict[str, Any]:
+    """The facts of ``environment``, and those of the GPU and of the packages compared with."""
+    facts = environment(commit) | {
+        "cpu": _cpu_name(),
+        "triton": version("triton"),
+        "peers": {name: version(name) for name in PEER_PACKAGES},
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "device": torch.cuda.get_device_name(0),
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
+        }
+    return facts
 
 
 def measured_limits() -> dict[str, float]:
@@ -92,10 +135,20 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
-def publish(result: dict[str, Any], output: Path) -> None:
-    """Write the result, and print it as one line of JSON: the last of stdout."""
+def finite(value: Any) -> Any:
+    """Infinity and NaN as strings: JSON has no numbers for them."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def publish(result: dict[str, Any], output: Path, keys: Sequence[str] = ()) -> None:
+    """Write the result, and print it (or these keys of it) as one line of JSON, the last one."""
+    result = finite(result)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     temporary.replace(output)
-    print(json.dumps(result))
+    print(json.dumps({key: result[key] for key in keys} if keys else result))

@@ -46,6 +46,28 @@ STATE = {
     torch.float16: 8 * EPS[torch.float32],
 }
 
+# Kernels multiply 16-bit tiles: scores, weighted values and states are rounded to the inputs' dtype
+# before a product (sums stay float32). One rounding to bfloat16 is 1.65e-3 rms, k independent ones
+# 1.65e-3 sqrt(k): three on the way to an output (2.9e-3), up to ten to a gradient through both
+# sweeps. Per (batch, head), unit-scale inputs, against float64 on the rounded inputs. float16 has
+# three more bits; float32 products keep IEEE or three-pass tf32 accuracy.
+KERNEL_OUTPUT = {torch.bfloat16: 4e-3, torch.float16: 4e-3 / 8, torch.float32: 2e-6}
+KERNEL_GRADIENT = {torch.bfloat16: 6e-3, torch.float16: 6e-3 / 8, torch.float32: 1e-5}
+# A state is never rounded as a whole, only the weighted values that enter it are: one rounding for
+# 16-bit inputs, and a margin of 1.8 for the heads where few tokens make the state.
+KERNEL_STATE = {torch.bfloat16: 3e-3, torch.float16: 3e-3 / 8, torch.float32: 2e-6}
+# Over all heads of a call, against the gradient or its typical size, whichever is larger: one
+# number a head, which random signs may make small while its error stays.
+KERNEL_LOG_DECAY = {torch.bfloat16: 1e-2, torch.float16: 1e-2 / 8, torch.float32: 1e-4}
+# Rows around chunk boundaries, and the last ones, against all rows of the same head.
+KERNEL_UNEVEN = 2.0
+
+# Two packages against each other: independent errors of the kinds above add up. For float32 the
+# other package multiplies in tf32, whose operands the hardware cuts to 10 bits instead of rounding
+# them (1.5e-3 seen), and one rounds bfloat16 gradients twice.
+PEER_OUTPUT = {torch.bfloat16: 6e-3, torch.float32: 2e-3}
+PEER_GRADIENT = {torch.bfloat16: 9e-3, torch.float32: 4e-3}
+
 # Acceptance: dense = tiles = chunks = recurrence in float32 (architecture note, section O.3).
 FORMS_FLOAT32 = 1e-5
 # Gradients of the chunked form against the closed formulas in float64 (O.3).

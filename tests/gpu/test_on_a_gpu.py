@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from decoder_cases import assert_logits_agree, make_ids, make_model
-from tolerances import GRADIENT, OUTPUT, SPLIT_GPU, STATE, assert_close
+from tolerances import (
+    GRADIENT,
+    KERNEL_GRADIENT,
+    KERNEL_OUTPUT,
+    KERNEL_STATE,
+    OUTPUT,
+    SPLIT_GPU,
+    STATE,
+    assert_close,
+)
 from train_cases import tiny_run
 
 from transnormer import DecoderState, generate
@@ -41,11 +50,16 @@ def test_op_equals_float64_on_rounded_inputs(decay: str, dtype: torch.dtype) -> 
         grads = torch.autograd.grad(o.sum() + final_state.sum(), leaves)
         results.append([x.detach().cpu() for x in (o, final_state, *grads)])
     actual, exact = results
-    assert_close(actual[0], exact[0], limit=OUTPUT[dtype], name="o")
-    assert_close(actual[1], exact[1], limit=STATE[dtype], name="final_state")
+    # Constant decay runs in the kernels, which round states inside products.
+    kernel = decay == "constant"
+    limits = (KERNEL_OUTPUT, KERNEL_STATE) if kernel else (OUTPUT, STATE)
+    limits = tuple(limit[dtype] for limit in limits)
+    gradient = (KERNEL_GRADIENT if kernel else GRADIENT)[dtype]
+    assert_close(actual[0], exact[0], limit=limits[0], name="o")
+    assert_close(actual[1], exact[1], limit=limits[1], name="final_state")
     for name, x, y in zip(("q", "k", "v"), actual[2:5], exact[2:5], strict=True):
-        assert_close(x, y, limit=GRADIENT[dtype], name=f"gradient of {name}")
-    assert_close(actual[6], exact[6], limit=GRADIENT[dtype], name="gradient of the state")
+        assert_close(x, y, limit=gradient, name=f"gradient of {name}")
+    assert_close(actual[6], exact[6], limit=gradient, name="gradient of the state")
 
 
 @pytest.mark.parametrize("decay", ["constant", "token", "key"])

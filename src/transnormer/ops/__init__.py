@@ -2,6 +2,18 @@
 
 from transnormer.ops import decay
 from transnormer.ops.cross_entropy import linear_cross_entropy
-from transnormer.ops.linear_attention import linear_attention, linear_attention_step
+from transnormer.ops.linear_attention import (
+    RingState,
+    linear_attention,
+    linear_attention_ring_step,
+    linear_attention_step,
+)
 
-__all__ = ["decay", "linear_attention", "linear_attention_step", "linear_cross_entropy"]
+__all__ = [
+    "RingState",
+    "decay",
+    "linear_attention",
+    "linear_attention_ring_step",
+    "linear_attention_step",
+    "linear_cross_entropy",
+]

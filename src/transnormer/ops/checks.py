@@ -14,7 +14,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _is_autocast_enabled(kind: str) -> bool:
+def is_autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for a kind of device."""
     # Asking is an error on meta; torch 2.11 cannot compile torch.amp.is_autocast_available.
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
@@ -22,14 +23,14 @@ def _is_autocast_enabled(kind: str) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives x: its own where autocast is off or x is float64."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not _is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
 
 def no_autocast(kind: str) -> AbstractContextManager[object]:
     """Autocast off on a kind of device, if it is on there."""
-    if _is_autocast_enabled(kind):
+    if is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
@@ -70,7 +71,7 @@ def check_rank(name: str, x: Tensor, dims: str) -> None:
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int], dims: str) -> None:
     """Raise ValueError unless x's shape equals ``shape``, whose dims are named ``dims``."""
-    if list(x.shape) != list(shape):
+    if x.shape != tuple(shape):
         named = ", ".join(f"{d} {n}" for d, n in zip(dims.split(), shape, strict=True))
         raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(shape)} ({named})")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from attention_cases import make_inputs
 
 from transnormer.ops import dispatch, linear_attention
@@ -15,8 +16,9 @@ def test_lightning1_refuses_gated_decay_with_the_reason(decay: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel may run here")
-def test_triton_refuses_the_cpu_with_the_reason() -> None:
+def test_triton_refuses_the_cpu_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(10)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"triton.*(cpu|GPU|CUDA)"):
         linear_attention(*inputs[:4], implementation="triton")
 

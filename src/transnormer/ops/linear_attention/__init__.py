@@ -1,5 +1,7 @@
 """Linear attention with decay: the contract, its checks and the choice of an implementation."""
 
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -8,11 +10,21 @@ from torch import Tensor
 from transnormer.ops import checks
 from transnormer.ops.dispatch import Implementation, choose
 from transnormer.ops.linear_attention.chunked import chunked_linear_attention
-from transnormer.ops.linear_attention.lightning1 import lightning1_linear_attention
+from transnormer.ops.linear_attention.constant_decay import constant_decay_attention
+from transnormer.ops.linear_attention.lightning1_ops import lightning1
 from transnormer.ops.linear_attention.reference import recurrence
+from transnormer.ops.linear_attention.ring import RingState, linear_attention_ring_step
+from transnormer.ops.linear_attention.sequences import from_first_to_last
 from transnormer.ops.linear_attention.step import linear_attention_step
 
-__all__ = ["linear_attention", "linear_attention_step"]
+__all__ = [
+    "RingState",
+    "linear_attention",
+    "linear_attention_ring_step",
+    "linear_attention_step",
+]
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Request(NamedTuple):
@@ -20,7 +32,10 @@ class Request(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
+    key_dim: int
+    value_dim: int
     decay_dims: int  # 0 where log_decay is None, else its rank: 1 constant, 3 and 4 gated
+    named: bool
 
 
 def _needs_constant_decay(request: Request) -> Exception | None:
@@ -32,19 +47,54 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
-def _no_triton(request: Request) -> Exception | None:
-    return RuntimeError(
-        f"implementation 'triton' is not part of this version (inputs are on {request.device}); "
-        "use 'auto' or 'chunked', which runs on every device"
+@cache
+def _gpu_reason(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _triton_environment(device: torch.device, named: bool) -> str | None:
+    """Why Triton kernels cannot run on a device, or None where they can."""
+    if not _HAS_TRITON:
+        return "the package triton is not installed; install it"
+    if device.type == "cuda":
+        return _gpu_reason(device)
+    if device.type == "meta":
+        return None
+    from triton import knobs
+
+    # The interpreter is for tests: thousands of times slower, so it is never chosen by itself.
+    if device.type == "cpu" and knobs.runtime.interpret and named:
+        return None
+    return f"inputs are on {device}; move them to a GPU"
+
+
+def _needs_triton(request: Request) -> Exception | None:
+    reason = _triton_environment(request.device, request.named)
+    if reason is not None:
+        return RuntimeError(f"implementation 'triton': {reason}, or use 'auto' or 'chunked'")
+    if request.decay_dims > 1:
+        what, expected = "log_decay is gated", "None or [kv_heads] (constant decay)"
+    elif request.dtype == torch.float64:
+        what, expected = "q is torch.float64", "float32, bfloat16 or float16"
+    elif not (request.key_dim <= 256 and request.value_dim <= 512):
+        what = f"key_dim is {request.key_dim} and value_dim {request.value_dim}"
+        expected = "at most 256 and 512"
+    else:
+        return None
+    return NotImplementedError(
+        f"implementation 'triton': {what}; expected {expected}; use 'auto' or 'chunked'"
     )
 
 
 # The first automatic row that does not refuse runs.
 IMPLEMENTATIONS = (
-    Implementation("triton", _no_triton, chunked_linear_attention),
-    Implementation("chunked", lambda _: None, chunked_linear_attention),
-    Implementation("lightning1", _needs_constant_decay, lightning1_linear_attention, False),
-    Implementation("reference", lambda _: None, recurrence, False),
+    Implementation("triton", _needs_triton, constant_decay_attention),
+    Implementation("chunked", lambda _: None, from_first_to_last(chunked_linear_attention)),
+    Implementation("lightning1", _needs_constant_decay, lightning1, False),
+    Implementation("reference", lambda _: None, from_first_to_last(recurrence), False),
 )
 
 
@@ -53,29 +103,24 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     checks.check_rank("k", k, "batch seq kv_heads key_dim")
     checks.check_rank("v", v, "batch seq kv_heads value_dim")
     batch, seq, heads, key_dim = q.shape
-    kv_heads = k.shape[2]
-    for name, size in (
-        ("batch", batch),
-        ("heads", heads),
-        ("kv_heads", kv_heads),
-        ("key_dim", key_dim),
-        ("value_dim", v.shape[3]),
-    ):
-        if size == 0:
-            raise ValueError(f"{name} is 0; expected at least 1")
+    kv_heads, value_dim = v.shape[2:]
+    if not (batch and heads and kv_heads and key_dim and value_dim):
+        names = ("batch", "heads", "kv_heads", "key_dim", "value_dim")
+        sizes = (batch, heads, kv_heads, key_dim, value_dim)
+        name = names[[bool(size) for size in sizes].index(False)]
+        raise ValueError(f"{name} is 0; expected at least 1")
     if heads % kv_heads:
         raise ValueError(f"heads is {heads}; expected a multiple of kv_heads, which is {kv_heads}")
     checks.check_shape("k", k, (batch, seq, kv_heads, key_dim), "batch seq kv_heads key_dim")
     dims = "batch seq kv_heads value_dim"
-    checks.check_shape("v", v, (batch, seq, kv_heads, v.shape[3]), dims)
-    for name, x in (("k", k), ("v", v)):
-        checks.check_same(name, x, q.dtype, q.device, "q")
+    checks.check_shape("v", v, (batch, seq, kv_heads, value_dim), dims)
+    checks.check_same("k", k, q.dtype, q.device, "q")
+    checks.check_same("v", v, q.dtype, q.device, "q")
 
 
 def _check_log_decay(log_decay: Tensor, k: Tensor) -> None:
-    batch, seq, kv_heads, key_dim = k.shape
-    legal = [(kv_heads,), (batch, seq, kv_heads), (batch, seq, kv_heads, key_dim)]
-    if tuple(log_decay.shape) not in legal:
+    legal = (k.shape[2:3], k.shape[:3], k.shape)
+    if log_decay.shape not in legal:
         raise ValueError(
             f"log_decay has shape {list(log_decay.shape)}; expected {list(legal[0])}, "
             f"{list(legal[1])} or {list(legal[2])} ([kv_heads], [batch, seq, kv_heads] or "
@@ -135,14 +180,17 @@ def linear_attention(
         TypeError: a dtype.
         NotImplementedError, RuntimeError: the named implementation cannot run; says why.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_tensor(name, x)
-    optional = {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    for name, y in optional.items():
-        checks.check_tensor(name, y, optional=True)
+    checks.check_tensor("q", q)
+    checks.check_tensor("k", k)
+    checks.check_tensor("v", v)
+    checks.check_tensor("log_decay", log_decay, optional=True)
+    checks.check_tensor("initial_state", initial_state, optional=True)
+    checks.check_tensor("cu_seqlens", cu_seqlens, optional=True)
     scale = checks.check_number("scale", scale)
     checks.check_float("q", q)
-    q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
+    autocast = checks.is_autocast_enabled(q.device.type)
+    if autocast:
+        q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
     _check_inputs(q, k, v)
     if log_decay is not None:
         _check_log_decay(log_decay, k)
@@ -151,35 +199,30 @@ def linear_attention(
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (rows, k.shape[2], k.shape[3], v.shape[3])
     accumulation = checks.accumulation_dtype(q.dtype)
-    if initial_state is None:
-        initial_state = torch.zeros(shape, dtype=accumulation, device=q.device)
-    else:
+    if initial_state is not None:
         name = "batch" if cu_seqlens is None else "num_sequences"
         dims = f"{name} kv_heads key_dim value_dim"
         checks.check_shape("initial_state", initial_state, shape, dims)
         checks.check_same("initial_state", initial_state, accumulation, q.device, "the state")
     decay_dims = 0 if log_decay is None else log_decay.dim()
-    request = Request(q.device, q.dtype, decay_dims)
+    named = implementation != "auto"
+    request = Request(q.device, q.dtype, k.shape[3], v.shape[3], decay_dims, named)
     row = choose("linear_attention", IMPLEMENTATIONS, request, implementation)
     if q.shape[1] == 0:
+        if initial_state is None:
+            initial_state = torch.zeros(shape, dtype=accumulation, device=q.device)
         # Sums of nothing, which still belong to the graph of the inputs.
         nothing = q.sum() + k.sum() + v.sum()
         o = v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + nothing
         return o, initial_state + nothing.to(accumulation)
-    if reverse:
-        q, k, v = q.flip(1), k.flip(1), v.flip(1)
-        if log_decay is not None and decay_dims > 1:
-            log_decay = log_decay.flip(1)
-        if cu_seqlens is not None:
-            # A packed row flipped whole has its sequences in the opposite order.
-            cu_seqlens = cu_seqlens[-1] - cu_seqlens.flip(0)
-            initial_state = initial_state.flip(0)
+    arguments = {
+        "scale": scale,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+        "reverse": reverse,
+    }
+    if not autocast:
+        return row.run(q, k, v, log_decay, **arguments)
     # Autocast has done its part; inside the op it would round the float32 sums too.
     with checks.no_autocast(q.device.type):
-        o, final_state = row.run(
-            q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
-        )
-    if reverse:
-        o = o.flip(1)
-        final_state = final_state if cu_seqlens is None else final_state.flip(0)
-    return o, final_state
+        return row.run(q, k, v, log_decay, **arguments)

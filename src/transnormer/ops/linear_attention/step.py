@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from transnormer.ops import checks
+from transnormer.ops.linear_attention import decode_ops
 
-_MAX_TOKENS = 8
+MAX_TOKENS = 8
 
 
 def _decays(log_decay: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -46,56 +47,59 @@ def _advance(
     return torch.stack(outputs, 1), start.copy_(state) if inplace else state
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    slots: Tensor | None,
-) -> None:
-    batch, tokens, heads, key_dim = q.shape
-    kv_heads, value_dim = k.shape[2], v.shape[3]
-    if not 1 <= tokens <= _MAX_TOKENS:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check q, k and v of a step: one layout, 1 to 8 tokens, one dtype, one device."""
+    rank = q.dim()
+    lead = "batch" if rank == 3 else "batch tokens"
+    for name, x, dims in (
+        ("q", q, f"{lead} heads key_dim"),
+        ("k", k, f"{lead} kv_heads key_dim"),
+        ("v", v, f"{lead} kv_heads value_dim"),
+    ):
+        if x.dim() != rank or not 3 <= rank <= 4:
+            checks.check_rank(name, x, dims)
+    *batch_tokens, heads, key_dim = q.shape
+    kv_heads, value_dim = v.shape[-2:]
+    if rank == 4 and not 1 <= batch_tokens[1] <= MAX_TOKENS:
         raise ValueError(
-            f"tokens is {tokens}; expected 1 to {_MAX_TOKENS} a step; use linear_attention"
+            f"tokens is {batch_tokens[1]}; expected 1 to {MAX_TOKENS} a step; use linear_attention"
         )
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"heads is {heads}; expected a multiple of kv_heads, which is {kv_heads}")
-    checks.check_shape("k", k, (batch, tokens, kv_heads, key_dim), "batch tokens kv_heads key_dim")
-    checks.check_shape(
-        "v", v, (batch, tokens, kv_heads, value_dim), "batch tokens kv_heads value_dim"
-    )
-    for name, x in (("k", k), ("v", v)):
-        checks.check_same(name, x, q.dtype, q.device, "q")
-    rows = batch if slots is None else state.shape[0]
-    checks.check_shape(
-        "state", state, (rows, kv_heads, key_dim, value_dim), "batch kv_heads key_dim value_dim"
-    )
-    accumulation = checks.accumulation_dtype(q.dtype)
-    checks.check_same("state", state, accumulation, q.device, f"the sums of {q.dtype} inputs")
-    if slots is not None:
-        if slots.dtype != torch.int32:
-            raise TypeError(f"slots is {slots.dtype}; expected torch.int32")
-        checks.check_shape("slots", slots, (batch,), "batch")
-    if log_decay is not None:
-        if not log_decay.is_floating_point():
-            raise TypeError(f"log_decay is {log_decay.dtype}; expected a floating dtype")
-        checks.check_log_decay_values(log_decay)
+    checks.check_shape("k", k, (*batch_tokens, kv_heads, key_dim), f"{lead} kv_heads key_dim")
+    checks.check_shape("v", v, (*batch_tokens, kv_heads, value_dim), f"{lead} kv_heads value_dim")
+    checks.check_same("k", k, q.dtype, q.device, "q")
+    checks.check_same("v", v, q.dtype, q.device, "q")
 
 
-def _check_log_decay_shape(log_decay: Tensor | None, k: Tensor, single: bool) -> Tensor | None:
-    """Return log_decay with a tokens dim where it has a batch dim; raise ValueError otherwise."""
-    batch, tokens, kv_heads, key_dim = k.shape
-    if log_decay is None:
-        return None
-    lead = (batch,) if single else (batch, tokens)
-    legal = [(kv_heads,), (*lead, kv_heads), (*lead, kv_heads, key_dim)]
+def check_slots(slots: Tensor, rows: int, q: Tensor) -> None:
+    """Check slots, int32 [batch]: -1 or rows of a pool, seen (CPU, eager) at most once each."""
+    if slots.dtype != torch.int32:
+        raise TypeError(f"slots is {slots.dtype}; expected torch.int32")
+    checks.check_shape("slots", slots, q.shape[:1], "batch")
+    if slots.device != q.device:
+        raise ValueError(f"slots is on {slots.device}; expected {q.device}; move it")
+    if checks.values_are_visible(slots):
+        used = [slot for slot in slots.tolist() if slot != -1]
+        if any(not 0 <= slot < rows for slot in used) or len(set(used)) < len(used):
+            raise ValueError(
+                f"slots is {slots.tolist()}; expected -1 (skip) or a row of the pool, 0 to "
+                f"{rows - 1}, each at most once"
+            )
+
+
+def _check_log_decay(log_decay: Tensor, q: Tensor, kv_heads: int) -> None:
+    *lead, _, key_dim = q.shape
+    legal = ((kv_heads,), (*lead, kv_heads), (*lead, kv_heads, key_dim))
     if tuple(log_decay.shape) not in legal:
         raise ValueError(
             f"log_decay has shape {list(log_decay.shape)}; expected one of {[list(s) for s in legal]}"
         )
-    return log_decay.unsqueeze(1) if single and log_decay.dim() > 1 else log_decay
+    if not log_decay.is_floating_point():
+        raise TypeError(f"log_decay is {log_decay.dtype}; expected a floating dtype")
+    if log_decay.device != q.device:
+        raise ValueError(f"log_decay is on {log_decay.device}; expected {q.device}; move it")
+    checks.check_log_decay_values(log_decay)
 
 
 def linear_attention_step(
@@ -112,6 +116,11 @@ def linear_attention_step(
     """Advance the recurrence of ``linear_attention`` by 1 to 8 tokens.
 
     S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T;  o_t = scale * q_t S_t.
+
+    On CUDA, where Triton is installed, no input needs a gradient and the inputs are not float64, one
+    kernel does it all (``triton_step``): the state crosses the memory bus once each way, and a slot
+    outside the pool makes its output NaN and touches nothing. Otherwise, and always where gradients
+    are needed, the step is made of PyTorch operations, which are differentiable unless in place.
 
     Args:
         q: queries, [batch, heads, key_dim], or [batch, tokens, heads, key_dim] with tokens <= 8.
@@ -141,23 +150,53 @@ def linear_attention_step(
         checks.check_tensor(name, x, optional=True)
     scale = checks.check_number("scale", scale)
     checks.check_float("q", q)
-    q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
-    single = q.dim() == 3
-    if single:
-        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-    for name, x, dims in (
-        ("q", q, "batch tokens heads key_dim"),
-        ("k", k, "batch tokens kv_heads key_dim"),
-        ("v", v, "batch tokens kv_heads value_dim"),
-    ):
-        checks.check_rank(name, x, dims)
-    _check(q, k, v, log_decay, state, slots)
-    if (inplace or slots is not None) and 0 in state.stride():
+    if checks.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
+    check_shapes(q, k, v)
+    kv_heads, value_dim = v.shape[-2:]
+    rows = q.shape[0] if slots is None else state.shape[0]
+    checks.check_shape(
+        "state",
+        state,
+        (rows, kv_heads, q.shape[-1], value_dim),
+        "batch kv_heads key_dim value_dim",
+    )
+    accumulation = checks.accumulation_dtype(q.dtype)
+    checks.check_same("state", state, accumulation, q.device, f"the sums of {q.dtype} inputs")
+    if log_decay is not None:
+        _check_log_decay(log_decay, q, kv_heads)
+    if slots is not None:
+        check_slots(slots, rows, q)
+        inplace = True
+    if inplace and 0 in state.stride():
         raise ValueError(
             f"state has strides {list(state.stride())}; expected rows of their own to update in "
             "place; pass state.clone()"
         )
-    decay = _decays(_check_log_decay_shape(log_decay, k, single), k)
+    if not decode_ops.runs_kernel(q, v, k, log_decay, state):
+        return _plain_step(q, k, v, log_decay, state, scale, slots, inplace)
+    if inplace:
+        return decode_ops.step_inplace(q, k, v, log_decay, state, slots, scale), state
+    return decode_ops.step(q, k, v, log_decay, state, scale)
+
+
+def _plain_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """The step in PyTorch: every device and dtype, and differentiable unless in place."""
+    single = q.dim() == 3
+    if single:
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        if log_decay is not None and log_decay.dim() > 1:
+            log_decay = log_decay.unsqueeze(1)
+    decay = _decays(log_decay, k)
     dtype = checks.accumulation_dtype(q.dtype)
     q_ = q.to(dtype).unflatten(2, (k.shape[2], -1)) * scale
     # Autocast has done its part; further in it would round the float32 sums too.
@@ -178,19 +217,19 @@ def _advance_slots(
     pool: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    if checks.values_are_visible(slots):
-        used = [slot for slot in slots.tolist() if slot != -1]
-        if any(not 0 <= slot < pool.shape[0] for slot in used) or len(set(used)) < len(used):
-            raise ValueError(
-                f"slots is {slots.tolist()}; expected -1 (skip) or a row of the pool, 0 to "
-                f"{pool.shape[0] - 1}, each at most once"
-            )
-    live, row = slots >= 0, torch.arange(slots.shape[0], device=slots.device)
-    used = slots.clamp(min=0).long()
+    live, used = slots >= 0, slots.clamp(min=0).long()
     old = pool[used]
     part, updated = _advance(q, k, v, decay, old, inplace=False)
-    # A skipped row writes what the first live row writes, to the same slot; without a live row,
-    # slot 0 gets back what it holds. So no index depends on values, and nothing waits for a GPU.
+    write_live_rows(pool, used, live, updated, old)
+    return part.masked_fill(~live.view(-1, 1, 1, 1, 1), 0.0)
+
+
+def write_live_rows(pool: Tensor, used: Tensor, live: Tensor, updated: Tensor, old: Tensor) -> None:
+    """Set pool[used[i]] to updated[i] where live[i], without waiting for a GPU; old is pool[used].
+
+    A row that is not live writes what the first live row writes, to the same place; without a live
+    row, each gets back what it holds. So no index's shape depends on values.
+    """
+    row = torch.arange(used.shape[0], device=used.device)
     source = torch.where(live, row, live.int().argmax())
     pool[used[source]] = torch.where(live.any(), updated, old)[source]
-    return part.masked_fill(~live.view(-1, 1, 1, 1, 1), 0.0)

@@ -1,0 +1,112 @@
+"""How calls are cut into programs: static tables, measured once, never tuned at run time."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """Shape of a program's work."""
+
+    chunk: int
+    key_block: int
+    value_block: int
+    warps: int
+    stages: int
+
+
+def block_of(dim: int) -> int:
+    """The power of two that holds ``dim``, at least the 16 that a product needs."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+class Gpu(NamedTuple):
+    """What the choice of tiles and cuts depends on; the defaults are an H100's."""
+
+    processors: int = 132
+    shared_memory: int = 232_448  # bytes that one program may have
+
+
+def sweep_tiles(
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    rows: int,
+    gpu: Gpu,
+    *,
+    backward: bool = False,
+) -> Tiles:
+    """Tiles of a sweep with these dims, ``rows`` = units * heads of them.
+
+    The state of a program, value_block x key_block in float32, lies in its registers; the tiles of
+    the ``stages`` chunks under way lie in shared memory. Chunks of 32 leave room for two programs
+    a processor, which hide each other's waits; chunks of 64 take fewer steps where there is but
+    one. float32 products are three tf32 products each, whose operands need registers.
+    """
+    block, values = block_of(key_dim), block_of(value_dim)
+    if dtype == torch.float32:
+        chunk, most, warps = (32, 32, 8) if block <= 64 else (16, 32 if block == 128 else 16, 8)
+        return Tiles(chunk, block, min(values, most), warps, 2)
+    if block <= 64:
+        return Tiles(64, block, min(values, 64), 4, 3 if backward else 4)
+    if block == 128:
+        alone = rows * -(-value_dim // 64) <= gpu.processors
+        if alone and gpu.shared_memory >= 131_072:
+            return Tiles(64, block, min(values, 64), 4, 3)
+        return Tiles(32, block, min(values, 64), 4, 5 if backward else 4)
+    if block == 256 and dtype == torch.bfloat16:
+        return Tiles(16, block, min(values, 64), 4, 3)
+    if block == 256:
+        return Tiles(16, block, min(values, 32), 4, 2)
+    return Tiles(16, block, 16, 8, 2)
+
+
+# What a segment adds to the state is summed in so many pieces, each by a program of its own.
+PIECES = 4
+
+
+def local_state_tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel that sums what a segment adds to the state; key_dim up to 256."""
+    block, values = block_of(key_dim), block_of(value_dim)
+    if dtype == torch.float32:
+        return Tiles(
+            32 if block <= 128 else 16, block, min(values, 64 if block <= 128 else 32), 8, 2
+        )
+    if block <= 64:
+        return Tiles(64, block, min(values, 64), 4, 3)
+    if block == 128:
+        return Tiles(64, block, min(values, 128), 8 if values >= 128 else 4, 3)
+    return Tiles(64, block, min(values, 64), 8, 2)
+
+
+def gradient_tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel for log_decay's gradient, which holds two states; key_dim up to 256."""
+    block, values = block_of(key_dim), block_of(value_dim)
+    if dtype == torch.float32 and block > 64:
+        return Tiles(16, block, 16, 4 if block == 128 else 8, 1)
+    return Tiles(32 if block <= 128 else 16, block, min(values, 32), 4 if block <= 128 else 8, 1)
+
+
+def segments_of(rows: int, tokens: int, gpu: Gpu) -> int:
+    """Segments that a sequence is cut into, given rows = sequences * heads of them.
+
+    One program works on one head of one segment. Segments cost two more launches and a second read
+    of the tokens whose state they hand on (fewer where decay is strong), so there are as many as
+    give each processor work, two programs each where segments are long, and none of less than 256
+    tokens. Powers of two: few cases.
+    """
+    segments = 1
+    while segments * 2 * 256 <= tokens:
+        full = gpu.processors if tokens >= segments * 2 * 4096 else gpu.processors // 2
+        if segments * 2 * rows > full:
+            break
+        segments *= 2
+    return segments
+
+
+def packed_length(heads: int, tokens: int, gpu: Gpu) -> int:
+    """Tokens a segment of packed sequences: four segments a processor even out their lengths."""
+    length = 256
+    while length < 1 << 20 and tokens * heads > 4 * gpu.processors * length:
+        length *= 2
+    return length

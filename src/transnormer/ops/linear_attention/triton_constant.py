@@ -1,0 +1,485 @@
+"""Lightning Attention with constant decay: the chunked form as Triton kernels.
+
+    S_t = exp(g) S_{t-1} + k_t v_t^T;    o_t = scale * q_t S_t        (g = log_decay <= 0, per head)
+
+Layout [batch, seq, heads, dim] with any strides but a contiguous last dim; states are
+[key_dim, value_dim], float32. Source: Qin et al. 2024, arXiv:2401.04658, algorithms 1 and 2.
+
+Everything is one *sweep* over the chunks of a unit (a segment of a sequence, see ``triton_units``)
+with the state in registers. With M_ij = exp(g (i - j)) for i >= j, 0 otherwise, and C tokens in the
+chunk, position i of it counting from 0:
+
+    O = [(Q K^T) * M] V + exp(g (i + 1 - shift)) * Q S
+    S = exp(g C) S + sum over j of exp(g (C - 1 - j + shift)) k_j v_j^T
+
+``sweep_kernel`` holds S transposed, [value, key]: products with S are then wgmma operations whose
+register operand is S itself, and nothing that was computed has to be transposed.
+
+The backward pass is the same sweep with the roles exchanged, all in one launch (with G = O's
+gradient; the second and third run against the order of the first, shift 1, since the gradient of a
+state that leaves the sequence is not decayed by the token before it):
+
+    dQ: (G, V, K) in the order of the forward pass, on the forward state;
+    dK: (V, G, Q) and dV: (K, Q, G) in the opposite order, on the gradient of the state.
+
+Legend: H query heads, G query heads a kv head, T tokens of a batch row, L tokens a segment, C
+tokens a chunk, D key dim and E value dim of a sweep; BD, BE their tile sizes.
+"""
+
+import triton
+import triton.language as tl
+
+from transnormer.ops.linear_attention.triton_units import find_unit
+
+# Arguments stand in lines as they belong together; one a line, they would be 400 lines.
+# fmt: off
+
+# exp(-23) = 1e-10: after so much decay, what a token added is below float32 rounding of the state.
+_FORGOTTEN: tl.constexpr = tl.constexpr(23.0)
+
+
+@triton.jit
+def power(g, exponent):
+    """exp(g * exponent), 1 for exponent 0 whatever g is (g may be -inf), 0 for a negative one."""
+    some = tl.exp(g * tl.maximum(exponent, 1).to(tl.float32))
+    return tl.where(exponent > 0, some, tl.where(exponent == 0, 1.0, 0.0))
+
+
+@triton.jit
+def split_decay(x):
+    """(kept, rest) with exp(x) = kept + rest, x <= 0: 1 and exp(x) - 1 near 0, else 0 and exp(x).
+
+    Near 1 the float32 exp(x) is off the same way at each chunk, which adds up over a long text;
+    S + rest * S rounds without direction.
+    """
+    near = x > -0.5
+    y = tl.where(near, x, 0.0)
+    # exp(y) - 1 as a Taylor polynomial: the first term left out is 0.5^10 / 10! = 3e-10.
+    poly = y / 9.0 + 1.0
+    for n in tl.static_range(7):
+        poly = poly * y / (8.0 - n) + 1.0
+    return tl.where(near, 1.0, 0.0), tl.where(near, y * poly, tl.exp(x))
+
+
+@triton.jit
+def load_decay(log_decay, head, CONSTANT: tl.constexpr):
+    """The head's g as a float32 scalar, 0 without decay."""
+    if CONSTANT:
+        return tl.load(log_decay + head).to(tl.float32)
+    return 0.0
+
+
+@triton.jit
+def decay_state(state, kept, rest, EXACT: tl.constexpr):
+    """exp(g C) * state; EXACT keeps float32 accuracy over many chunks."""
+    if EXACT:
+        return state * kept + state * rest
+    return state * (kept + rest)
+
+
+@triton.jit
+def as_operand(x, DTYPE: tl.constexpr):
+    """x rounded for a product, and the factor to multiply the product by.
+
+    A float16 would overflow where the float32 sum does not, so x is scaled to a largest entry of
+    1,024 first.
+    """
+    if DTYPE == tl.float16:
+        top = tl.max(tl.max(tl.abs(x), 1), 0)
+        factor = tl.where(top > 1e-35, top / 1024.0, 1.0)
+        return (x / factor).to(DTYPE), factor
+    return x.to(DTYPE), 1.0
+
+
+@triton.jit
+def load_tile(
+    pointers, row_inside, dim_inside, TAIL: tl.constexpr, MASK: tl.constexpr, DTYPE: tl.constexpr
+):
+    """A tile, 0 in rows beyond the tokens (TAIL) and in dims beyond the tensor's (MASK)."""
+    if TAIL:
+        x = tl.load(pointers, mask=row_inside & dim_inside, other=0.0)
+    elif MASK:
+        x = tl.load(pointers, mask=dim_inside, other=0.0)
+    else:
+        x = tl.load(pointers)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def add_to_state(
+    state, k, v, weight, faint, DTYPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """state + sum over j of faint * weight_j v_j k_j^T, for v [BE, C] and k [C, BD].
+
+    ``faint`` may be far below a float16's smallest, so there it multiplies the float32 sum.
+    """
+    if DTYPE == tl.float16:
+        weighted = (v.to(tl.float32) * weight[None, :]).to(DTYPE)
+        return state + tl.dot(weighted, k, input_precision=PRECISION) * faint
+    weighted = (v.to(tl.float32) * (weight * faint)[None, :]).to(DTYPE)
+    return tl.dot(weighted, k, acc=state, input_precision=PRECISION)
+
+
+@triton.jit
+def chunk(
+    q, k, v, o, left, state, mask, row_decay, weight, faint, kept, rest, rows, dims, values,
+    D: tl.constexpr, E: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, MASK_D: tl.constexpr, MASK_E: tl.constexpr, TAIL: tl.constexpr,
+):
+    """One chunk; q, k [C, BD] and v, o [BE, C] are tiles of pointers. Returns the state after it."""
+    inside, here = rows[:, None] < left, rows[None, :] < left
+    q_ = load_tile(q, inside, dims[None, :] < D, TAIL, MASK_D, DTYPE)
+    k_ = load_tile(k, inside, dims[None, :] < D, TAIL, MASK_D, DTYPE)
+    v_ = load_tile(v, here, values[:, None] < E, TAIL, MASK_E, DTYPE)
+    state_, factor = as_operand(state, DTYPE)
+    out = tl.dot(state_, tl.trans(q_), input_precision=PRECISION)
+    out = out * (row_decay * factor)[None, :]
+    p = tl.dot(k_, tl.trans(q_), input_precision=PRECISION) * mask
+    p_, factor = as_operand(p, DTYPE)
+    if DTYPE == tl.float16:
+        out += tl.dot(v_, p_, input_precision=PRECISION) * factor
+    else:
+        out = tl.dot(v_, p_, acc=out, input_precision=PRECISION)
+    state = decay_state(state, kept, rest, EXACT)
+    state = add_to_state(state, k_, v_, weight, faint, DTYPE, PRECISION)
+    out = out.to(o.dtype.element_ty)
+    if TAIL:
+        tl.store(o, out, mask=here & (values[:, None] < E))
+    elif MASK_E:
+        tl.store(o, out, mask=values[:, None] < E)
+    else:
+        tl.store(o, out)
+    return state
+
+
+@triton.jit
+def sweep(
+    q, k, v, o, q_step, k_step, v_step, o_step, length, state, g, shift, scale, row_scale,
+    key_scale, first_value, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    BE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Run a unit from its first token (in scan order) to its last; return the state after it.
+
+    q, k, v, o point at the head's first token; the steps to the next one are negative where the
+    order is opposite to the tensor's. ``scale`` is that of the products within a chunk, row_scale
+    of the products with the state, key_scale of what enters the state.
+    """
+    rows, dims = tl.arange(0, C), tl.arange(0, BD)
+    values = first_value + tl.arange(0, BE)
+    q += rows[:, None] * q_step + dims[None, :]
+    k += rows[:, None] * k_step + dims[None, :]
+    v += values[:, None] + rows[None, :] * v_step
+    o += values[:, None] + rows[None, :] * o_step
+    # Transposed, as the products are: [key position, query position].
+    mask = power(g, rows[None, :] - rows[:, None]) * scale
+    row_decay = power(g, rows + 1 - shift) * row_scale
+    weight = power(g, C - 1 - rows)
+    faint = power(g, shift) * key_scale
+    kept, rest = split_decay(g * C)
+    MASK_D: tl.constexpr = D != BD
+    MASK_E: tl.constexpr = E % BE != 0
+    full = length // C
+    for c in tl.range(0, full, num_stages=STAGES):
+        at = c * C
+        state = chunk(
+            q + at * q_step, k + at * k_step, v + at * v_step, o + at * o_step, C, state, mask,
+            row_decay, weight, faint, kept, rest, rows, dims, values, D, E, DTYPE, PRECISION, EXACT,
+            MASK_D, MASK_E, False,
+        )
+    left = (length - full * C).to(tl.int32)
+    if left > 0:
+        at = full * C
+        weight = tl.where(rows < left, power(g, left - 1 - rows), 0.0)
+        kept, rest = split_decay(g * left)
+        state = chunk(
+            q + at * q_step, k + at * k_step, v + at * v_step, o + at * o_step, left, state, mask,
+            row_decay, weight, faint, kept, rest, rows, dims, values, D, E, DTYPE, PRECISION, EXACT,
+            MASK_D, MASK_E, True,
+        )
+    return state
+
+
+@triton.jit
+def load_state(
+    states, index, d_stride, e_stride, dims, values, D: tl.constexpr, E: tl.constexpr, wanted
+):
+    """State ``index`` of [.., key_dim, value_dim] as a tile [BE, BD]; 0 where it is not wanted."""
+    at = states + index * (D * E) + dims[None, :] * d_stride + values[:, None] * e_stride
+    return tl.load(at, mask=(dims[None, :] < D) & (values[:, None] < E) & wanted, other=0.0)
+
+
+@triton.jit
+def store_state(
+    states, index, state, d_stride, e_stride, dims, values, D: tl.constexpr, E: tl.constexpr
+):
+    """The reverse of load_state."""
+    at = states + index * (D * E) + dims[None, :] * d_stride + values[:, None] * e_stride
+    tl.store(at, state, mask=(dims[None, :] < D) & (values[:, None] < E))
+
+
+@triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
+def forward_kernel(
+    q, k, v, log_decay, entry, o, final, table, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    v_batch, v_token, v_head, T, L, SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, ENTRY: tl.constexpr,
+    CONSTANT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Outputs of one unit, head and slice of values; a sequence's last unit writes its final state.
+
+    ENTRY: "none", or what ``entry`` holds: a state a "sequence" or a "unit", [.., H / G, K, V].
+    """
+    SLICES: tl.constexpr = (V + BE - 1) // BE
+    program = tl.program_id(0)
+    first_value = (program % SLICES) * BE
+    head = (program // SLICES) % H
+    unit = program // (SLICES * H)
+    sequence, row, start, length, first, last = find_unit(unit, table, T, L, SEGMENTS, PACKED)
+    if sequence < 0:
+        return
+    kv_head = (head // G).to(tl.int64)
+    kv_heads = H // G
+    g = load_decay(log_decay, kv_head, CONSTANT)
+    dims = tl.arange(0, BD)
+    values = first_value + tl.arange(0, BE)
+    if ENTRY == "none":
+        state = tl.zeros([BE, BD], dtype=tl.float32)
+    else:
+        index = (sequence if ENTRY == "sequence" else unit.to(tl.int64)) * kv_heads + kv_head
+        state = load_state(entry, index, V, 1, dims, values, K, V, True)
+    # The order against the tensors' is a walk from the last token with negative steps.
+    at, direction = start, 1
+    if REVERSE:
+        at, direction = start + length - 1, -1
+    o_token = tl.cast(H, tl.int64) * V
+    state = sweep(
+        q + row * q_batch + at * q_token + head.to(tl.int64) * q_head,
+        k + row * k_batch + at * k_token + kv_head * k_head,
+        v + row * v_batch + at * v_token + kv_head * v_head,
+        o + (row * T + at) * o_token + head * V, tl.cast(q_token, tl.int64) * direction,
+        tl.cast(k_token, tl.int64) * direction, tl.cast(v_token, tl.int64) * direction,
+        o_token * direction, length, state, g, 0, scale, scale, 1.0, first_value, K, V, C, BD, BE,
+        DTYPE, PRECISION, EXACT, STAGES,
+    )
+    ends = first if REVERSE else last
+    if ends and head % G == 0:
+        store_state(final, sequence * kv_heads + kv_head, state, V, 1, dims, values, K, V)
+
+
+@triton.jit
+def select(kind, a, b, c):
+    """a, b or c for kind 0, 1 or 2; scalars."""
+    return tl.where(kind == 0, a, tl.where(kind == 1, b, c))
+
+
+@triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
+def backward_kernel(
+    q, k, v, do, log_decay, entry, grad_entry, dq, dk, dv, d_initial, table, q_batch, q_token,
+    q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head, T, L,
+    SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
+    COUNT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    BE: tl.constexpr, ENTRY: tl.constexpr, GRAD_ENTRY: tl.constexpr, D_INITIAL: tl.constexpr,
+    CONSTANT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Gradients FIRST to FIRST + COUNT - 1 of (q, k, v), each a sweep of its own programs.
+
+    The programs of one unit and head lie side by side: those of k and v walk the same tokens of q
+    and do at the same time, so that one of them finds them in the L2 cache. k's and v's gradients
+    are written for each query head. D and E are the dims of the sweeps: (V, K) for q's and k's,
+    (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states.
+    """
+    SLICES: tl.constexpr = (E + BE - 1) // BE
+    program = tl.program_id(0)
+    kind = FIRST + program % COUNT
+    first_value = (program // COUNT % SLICES) * BE
+    head = (program // (COUNT * SLICES)) % H
+    unit = program // (COUNT * SLICES * H)
+    sequence, row, start, length, first, last = find_unit(unit, table, T, L, SEGMENTS, PACKED)
+    if sequence < 0:
+        return
+    kv_head = (head // G).to(tl.int64)
+    kv_heads = H // G
+    g = load_decay(log_decay, kv_head, CONSTANT)
+    dims = tl.arange(0, BD)
+    values = first_value + tl.arange(0, BE)
+    # q's gradient goes with the order of the forward pass, the others against it.
+    backward = (kind == 0) == REVERSE
+    at, direction = start, 1
+    if backward:
+        at, direction = start + length - 1, -1
+    query_head = head.to(tl.int64)
+    q_at = q + row * q_batch + at * q_token + query_head * q_head
+    k_at = k + row * k_batch + at * k_token + kv_head * k_head
+    v_at = v + row * v_batch + at * v_token + kv_head * v_head
+    do_at = do + row * do_batch + at * do_token + query_head * do_head
+    out_at = (row * T + at) * H + query_head
+    q_token, k_token = (
+        tl.cast(q_token, tl.int64) * direction,
+        tl.cast(k_token, tl.int64) * direction,
+    )
+    v_token = tl.cast(v_token, tl.int64) * direction
+    do_token = tl.cast(do_token, tl.int64) * direction
+    # Selections, not branches: the compiler keeps what it knows of alignment, and so wide loads.
+    a = select(kind, do_at, v_at, k_at)
+    b = select(kind, v_at, do_at, q_at)
+    c = select(kind, k_at, q_at, do_at)
+    o = select(kind, dq, dk, dv) + out_at * E
+    a_token = select(kind, do_token, v_token, k_token)
+    b_token = select(kind, v_token, do_token, q_token)
+    c_token = select(kind, k_token, q_token, do_token)
+    # Where a state's entry [d, e] of the sweep lies in [K, V].
+    d_stride, e_stride = 1, V
+    if kind == 2:
+        d_stride, e_stride = V, 1
+    state = tl.zeros([BE, BD], dtype=tl.float32)
+    if kind == 0:
+        if ENTRY != "none":
+            index = (sequence if ENTRY == "sequence" else unit.to(tl.int64)) * kv_heads + kv_head
+            state = load_state(entry, index, d_stride, e_stride, dims, values, D, E, True)
+    else:
+        if GRAD_ENTRY == "sequence":
+            # The final state belongs to the kv head: its gradient enters once.
+            index = sequence * kv_heads + kv_head
+            owner = head % G == 0
+            state = load_state(grad_entry, index, d_stride, e_stride, dims, values, D, E, owner)
+        elif GRAD_ENTRY == "unit":
+            index = unit.to(tl.int64) * H + head
+            state = load_state(grad_entry, index, d_stride, e_stride, dims, values, D, E, True)
+    row_scale, key_scale, shift = scale, 1.0, 0
+    if kind != 0:
+        row_scale, key_scale, shift = 1.0, scale, 1
+    state = sweep(
+        a, b, c, o, a_token, b_token, c_token, tl.cast(H, tl.int64) * E * direction, length, state,
+        g, shift, scale, row_scale, key_scale, first_value, D, E, C, BD, BE, DTYPE, PRECISION,
+        EXACT, STAGES,
+    )
+    if D_INITIAL:
+        begins = last if REVERSE else first
+        if begins and kind == FIRST + COUNT - 1:
+            index = sequence * H + head
+            store_state(d_initial, index, state, d_stride, e_stride, dims, values, D, E)
+
+
+@triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
+def local_state_kernel(
+    k, v, log_decay, states, table, k_batch, k_token, k_head, v_batch, v_token, v_head, T, L,
+    SEGMENTS, H, G, scale, PIECES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, SHIFT: tl.constexpr, CONSTANT: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
+):
+    """What each unit adds to the state: sum of exp(g * distance) scale k_j v_j^T, [units, H, K, V].
+
+    Only the last tokens count, as many as float32 can still see behind their decay. The unit at
+    which the walk ends (its PIECES, see carry_kernel) is left out: no other one needs it. k and v
+    have H heads; the log_decay of head h is at h // G.
+    """
+    SLICES: tl.constexpr = (V + BE - 1) // BE
+    program = tl.program_id(0)
+    head = (program // SLICES) % H
+    unit = program // (SLICES * H)
+    sequence, row, start, length, first, last = find_unit(unit, table, T, L, SEGMENTS, PACKED)
+    if sequence < 0:
+        return
+    if PACKED:
+        ends = first if REVERSE else last
+    elif REVERSE:
+        ends = unit % SEGMENTS < PIECES
+    else:
+        ends = unit % SEGMENTS >= SEGMENTS - PIECES
+    if ends:
+        return
+    g = load_decay(log_decay, head // G, CONSTANT)
+    rows, dims = tl.arange(0, C), tl.arange(0, BD)
+    values = (program % SLICES) * BE + tl.arange(0, BE)
+    at, direction = start, 1
+    if REVERSE:
+        at, direction = start + length - 1, -1
+    # The first chunk that is not forgotten at the unit's end.
+    window = tl.maximum(length, 1).to(tl.float32)
+    if g * window < -_FORGOTTEN:
+        window = _FORGOTTEN / -g
+    skipped = tl.maximum(length - window.to(tl.int64) - 1, 0) // C
+    at += skipped * C * direction
+    length -= skipped * C
+    k_token, v_token = tl.cast(k_token, tl.int64), tl.cast(v_token, tl.int64)
+    k += row * k_batch + at * k_token + head.to(tl.int64) * k_head
+    v += row * v_batch + at * v_token + head.to(tl.int64) * v_head
+    k_token, v_token = k_token * direction, v_token * direction
+    k_tile = k + rows[:, None] * k_token + dims[None, :]
+    v_tile = v + values[:, None] + rows[None, :] * v_token
+    weight = power(g, C - 1 - rows)
+    faint = power(g, SHIFT) * scale
+    kept, rest = split_decay(g * C)
+    MASK_D: tl.constexpr = K != BD
+    MASK_E: tl.constexpr = V % BE != 0
+    state = tl.zeros([BE, BD], dtype=tl.float32)
+    full = length // C
+    for c in tl.range(0, full, num_stages=STAGES):
+        at = c * C
+        k_ = load_tile(k_tile + at * k_token, True, dims[None, :] < K, False, MASK_D, DTYPE)
+        v_ = load_tile(v_tile + at * v_token, True, values[:, None] < V, False, MASK_E, DTYPE)
+        state = decay_state(state, kept, rest, EXACT)
+        state = add_to_state(state, k_, v_, weight, faint, DTYPE, PRECISION)
+    left = (length - full * C).to(tl.int32)
+    if left > 0:
+        at = full * C
+        weight = tl.where(rows < left, power(g, left - 1 - rows), 0.0)
+        kept, rest = split_decay(g * left)
+        inside, here = rows[:, None] < left, rows[None, :] < left
+        k_ = load_tile(k_tile + at * k_token, inside, dims[None, :] < K, True, MASK_D, DTYPE)
+        v_ = load_tile(v_tile + at * v_token, here, values[:, None] < V, True, MASK_E, DTYPE)
+        state = decay_state(state, kept, rest, EXACT)
+        state = add_to_state(state, k_, v_, weight, faint, DTYPE, PRECISION)
+    index = unit.to(tl.int64) * H + head
+    store_state(states, index, state, V, 1, dims, values, K, V)
+
+
+@triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G", "INITIAL_GROUP"])
+def carry_kernel(
+    added, entry, initial, log_decay, first_unit, cu_seqlens,
+    T, L, SEGMENTS, H, G, INITIAL_GROUP, PIECES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, INITIAL: tl.constexpr,
+    CONSTANT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """From what pieces of units add to the states that enter the units, [units, H, K, V].
+
+    ``added`` has PIECES pieces a unit, of L tokens each, since a sum over a short piece is soon
+    done. A program has BLOCK entries of one sequence's and head's states. ``initial`` [sequences,
+    H / INITIAL_GROUP, K, V] enters at the first head of each group.
+    """
+    BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    entries = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = entries < K * V
+    head = (program // BLOCKS) % H
+    sequence = (program // (BLOCKS * H)).to(tl.int64)
+    if PACKED:
+        begin = tl.load(first_unit + sequence)
+        tokens = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int64)
+        count = tl.maximum((tokens + L - 1) // L, 1)
+    else:
+        begin, tokens = sequence * SEGMENTS, tl.cast(T, tl.int64)
+        count = tl.cast(SEGMENTS, tl.int64)
+    g = load_decay(log_decay, head // G, CONSTANT)
+    carry = tl.zeros([BLOCK], dtype=tl.float32)
+    if INITIAL:
+        index = sequence * (H // INITIAL_GROUP) + head // INITIAL_GROUP
+        owner = inside & (head % INITIAL_GROUP == 0)
+        carry = tl.load(initial + index * (K * V) + entries, mask=owner, other=0.0)
+    for i in range(0, count):
+        j = i
+        if REVERSE:
+            j = count - 1 - i
+        if i % PIECES == 0:
+            unit = (begin + j) // PIECES
+            tl.store(entry + (unit * H + head) * (K * V) + entries, carry, mask=inside)
+        # The unit at which the walk ends added nothing; its memory is not read.
+        at = added + ((begin + j) * H + head) * (K * V) + entries
+        new = tl.load(at, mask=inside & (i < count - PIECES), other=0.0)
+        size = tl.minimum(tl.maximum(tokens - j * L, 0), L)
+        kept, rest = split_decay(tl.where(size > 0, g * tl.maximum(size, 1), 0.0))
+        carry = carry * kept + carry * rest + new
