@@ -52,7 +52,7 @@ def test_the_name_runs_kernels_on_a_gpu() -> None:
     assert runs_kernels(device, BF16, 128, 128)
     assert not runs_kernels(device, torch.float64, 128, 128)
     q = torch.randn(1, 64, 1, 16, device=GPU)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         linear_attention(q, q, q, implementation=FORM)
         torch.cuda.synchronize()
     assert any("quadratic_kernel" in event.name for event in profile.events())

@@ -148,7 +148,8 @@ def test_reverse_is_the_call_on_flipped_tokens(
         outcomes.append([x.detach() for x in outputs] + [x.grad for x in leaves])
     for i, (x, y) in enumerate(zip(*outcomes)):
         y = y.flip(1) if i in (0, 2, 3, 4) else y
-        assert_close(x, y, limit=2 * KERNEL_GRADIENT[dtype], name=f"result {i}")
+        limit = (KERNEL_LOG_DECAY if i == 5 else KERNEL_GRADIENT)[dtype]
+        assert_close(x, y, limit=2 * limit, name=f"result {i}")
 
 
 @DTYPES

@@ -26,7 +26,7 @@ _CARRY_BLOCK = 1024
 _TABLE_BLOCK = 1024
 
 
-class _Call:
+class Call:
     """What the launches of one call share. q, k, v: last dim contiguous; the rest: contiguous."""
 
     def __init__(
@@ -131,7 +131,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.contiguous() for x in tensors]
 
 
-def _entry(units: Tensor | None, sequences: Tensor | None) -> tuple[Tensor | None, str]:
+def entry_of(units: Tensor | None, sequences: Tensor | None) -> tuple[Tensor | None, str]:
     """The states that enter units, and which: one a unit, one a sequence, or none."""
     if units is not None:
         return units, "unit"
@@ -152,8 +152,8 @@ def forward(
     q, k, v = _contiguous_last(q, k, v)
     log_decay, initial_state, cu_seqlens = _contiguous(log_decay, initial_state, cu_seqlens)
     with device_of(q):
-        call = _Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
-        entry, kind = _entry(call.states(initial_state), initial_state)
+        call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
+        entry, kind = entry_of(call.states(initial_state), initial_state)
         o = q.new_empty(*q.shape[:3], call.value_dim)
         final = call.empty_states(call.kv_heads)
         tiles = call.sweep_tiles(call.key_dim, call.value_dim)
@@ -188,14 +188,14 @@ def backward(
     log_decay, initial_state, cu_seqlens = _contiguous(log_decay, initial_state, cu_seqlens)
     (d_final,) = _contiguous(d_final)
     with device_of(q):
-        call = _Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
-        entry = _entry(call.states(initial_state), initial_state)
-        grad_entry = _entry(call.grad_states(do, d_final), d_final)
+        call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
+        entry = entry_of(call.states(initial_state), initial_state)
+        grad_entry = entry_of(call.grad_states(do, d_final), d_final)
         d_initial = call.empty_states(call.heads) if with_initial else q.new_empty(0)
         dq, dk, dv = _sweeps(call, do, entry, grad_entry, d_initial, with_initial)
         d_decay = q.new_empty(0)
         if with_decay and log_decay is not None:
-            d_decay = _decay_gradient(call, log_decay, do, entry, grad_entry)
+            d_decay = decay_gradient(call, log_decay, do, entry, grad_entry)
     if call.groups > 1:
         dk, dv = (x.unflatten(2, (call.kv_heads, -1)).sum(3) for x in (dk, dv))
         if with_initial:
@@ -204,7 +204,7 @@ def backward(
 
 
 def _sweeps(
-    call: _Call,
+    call: Call,
     do: Tensor,
     entry: tuple[Tensor | None, str],
     grad_entry: tuple[Tensor | None, str],
@@ -234,8 +234,8 @@ def _sweeps(
     return dq, dk, dv
 
 
-def _decay_gradient(
-    call: _Call,
+def decay_gradient(
+    call: Call,
     log_decay: Tensor,
     do: Tensor,
     entry: tuple[Tensor | None, str],

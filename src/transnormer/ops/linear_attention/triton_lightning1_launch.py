@@ -213,10 +213,10 @@ def backward(
             d_initial = call.leaving_state(q, do, d_final, scale, against=True)
         if with_decay and log_decay is not None:
             # In the chunked form: the paper's has no such gradient.
-            chunked = triton_launch._Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
-            entry = triton_launch._entry(chunked.states(initial_state), initial_state)
-            grad_entry = triton_launch._entry(chunked.grad_states(do, d_final), d_final)
-            d_decay = triton_launch._decay_gradient(chunked, log_decay, do, entry, grad_entry)
+            chunked = triton_launch.Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
+            entry = triton_launch.entry_of(chunked.states(initial_state), initial_state)
+            grad_entry = triton_launch.entry_of(chunked.grad_states(do, d_final), d_final)
+            d_decay = triton_launch.decay_gradient(chunked, log_decay, do, entry, grad_entry)
     if call.groups > 1:
         dk, dv = (x.unflatten(2, (-1, call.groups)).sum(3) for x in (dk, dv))
         if with_initial:

@@ -23,20 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transnormer.ops.linear_attention.triton_constant import power, split_decay
 from transnormer.ops.linear_attention.triton_runtime import device_of
 from transnormer.ops.linear_attention.triton_step import (
     Configuration,
     block_of,
     configuration,
     rows_of,
-    split_decay,
 )
-
-
-@triton.jit
-def power(g, m):
-    """exp(m * g) for integers m >= 0: 1 for m = 0 also where g is -inf."""
-    return tl.where(m > 0, tl.exp(tl.maximum(m, 1).to(tl.float32) * g), 1.0)
 
 
 @triton.jit
