@@ -63,11 +63,12 @@ def _triton_environment(device: torch.device, named: bool) -> str | None:
         return _gpu_reason(device)
     if device.type == "meta":
         return None
-    from triton import knobs
-
     # The interpreter is for tests: thousands of times slower, so it is never chosen by itself.
-    if device.type == "cpu" and knobs.runtime.interpret and named:
-        return None
+    if device.type == "cpu" and named:
+        from triton import knobs
+
+        if knobs.runtime.interpret:
+            return None
     return f"inputs are on {device}; move them to a GPU"
 
 

@@ -92,16 +92,17 @@ def segments_of(rows: int, tokens: int, gpu: Gpu) -> int:
 
     One program works on one head of one segment. Segments cost two more launches and a second read
     of the tokens whose state they hand on (fewer where decay is strong), so there are as many as
-    give each processor work, two programs each where segments are long, and none of less than 256
-    tokens. Powers of two: few cases.
+    give each processor work, two programs each where segments are long, none of less than 1,024
+    tokens, and never two: half the length does not pay for the pass before. Powers of two: few
+    cases.
     """
     segments = 1
-    while segments * 2 * 256 <= tokens:
+    while segments * 2 * 1024 <= tokens:
         full = gpu.processors if tokens >= segments * 2 * 4096 else gpu.processors // 2
         if segments * 2 * rows > full:
             break
         segments *= 2
-    return segments
+    return segments if segments > 2 else 1
 
 
 def packed_length(heads: int, tokens: int, gpu: Gpu) -> int:

@@ -12,7 +12,7 @@ chunk, position i of it counting from 0:
     O = [(Q K^T) * M] V + exp(g (i + 1 - shift)) * Q S
     S = exp(g C) S + sum over j of exp(g (C - 1 - j + shift)) k_j v_j^T
 
-``sweep_kernel`` holds S transposed, [value, key]: products with S are then wgmma operations whose
+A sweep holds S transposed, [value, key]: products with S are then wgmma operations whose
 register operand is S itself, and nothing that was computed has to be transposed.
 
 The backward pass is the same sweep with the roles exchanged, all in one launch (with G = O's

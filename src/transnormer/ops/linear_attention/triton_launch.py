@@ -54,7 +54,7 @@ class Call:
             self.first_unit = torch.empty(self.sequences, dtype=torch.int64, device=k.device)
             launch(
                 unit_table_kernel, self.sequences + 1, cu_seqlens, self.table, self.first_unit,
-                self.sequences, self.plan.length, units, _TABLE_BLOCK,
+                self.sequences, self.plan.length, units, BLOCK=_TABLE_BLOCK,
             )  # fmt: skip
         interpreted, exact = triton.knobs.runtime.interpret, q.dtype == torch.float32
         # The interpreter computes with the bits of a bfloat16 as if they were an integer's.

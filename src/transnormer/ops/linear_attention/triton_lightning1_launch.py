@@ -90,7 +90,7 @@ class _Call:
         table = torch.empty(units, 4, dtype=torch.int64, device=self.cu_seqlens.device)
         launch(
             unit_table_kernel, self.sequences + 1, self.cu_seqlens, table,
-            table.new_empty(self.sequences), self.sequences, tile, units, _TABLE_BLOCK,
+            table.new_empty(self.sequences), self.sequences, tile, units, BLOCK=_TABLE_BLOCK,
         )  # fmt: skip
         return table, units, 0
 

@@ -16,15 +16,13 @@ row, read the ring and the lengths that the second writes.
 Source: Qin et al. 2024, arXiv:2401.04658 (the recurrent form, unrolled over C tokens).
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from transnormer.ops.linear_attention.triton_constant import power, split_decay
-from transnormer.ops.linear_attention.triton_runtime import device_of
+from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 from transnormer.ops.linear_attention.triton_step import (
     Configuration,
     block_of,
@@ -197,23 +195,23 @@ def ring_step(
     block_k, has_slots = block_of(key_dim), slots is not None
     if slots is None:
         slots = start
-    # Any: the type of a kernel is that of the Python function, which nobody calls.
-    launch: Any = ring_kernel[(batch * kv_heads * -(-value_dim // columns),)]
-    append: Any = append_kernel[(batch,)]
+    shape = {"T": tokens, "H": kv_heads, "K": key_dim, "V": value_dim, "C": capacity}
     with device_of(q):
         launch(
+            ring_kernel, batch * kv_heads * -(-value_dim // columns),
             q, k, v, q if log_decay is None else log_decay, state, keys, values, start, length,
             slots, o, scale, state.shape[0], *q_strides, *k_strides, *v_strides,
             0 if log_decay is None else log_decay.stride(0), state_row, state_head, *ring_strides,
-            state_k, state_v, tokens, kv_heads, heads // kv_heads, key_dim, value_dim, capacity,
-            block_k, columns, block_of(capacity), log_decay is not None, has_slots,
-            num_warps=num_warps,
+            STATE_K=state_k, STATE_V=state_v, G=heads // kv_heads, BLOCK_K=block_k,
+            BLOCK_V=columns, BLOCK_C=block_of(capacity), HAS_DECAY=log_decay is not None,
+            HAS_SLOTS=has_slots, num_warps=num_warps, **shape,
         )  # fmt: skip
         block_v = block_of(value_dim)
-        append(
+        launch(
+            append_kernel, batch,
             k, v, keys, values, start, length, slots, state.shape[0], *k_strides, *v_strides,
-            *ring_strides, tokens, kv_heads, key_dim, value_dim, capacity,
-            min(block_of(kv_heads), max(8192 // max(block_k, block_v), 1)), block_k, block_v,
-            has_slots, num_warps=4,
+            *ring_strides,
+            BLOCK_H=min(block_of(kv_heads), max(8192 // max(block_k, block_v), 1)),
+            BLOCK_K=block_k, BLOCK_V=block_v, HAS_SLOTS=has_slots, num_warps=4, **shape,
         )  # fmt: skip
     return o

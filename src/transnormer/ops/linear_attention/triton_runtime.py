@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -21,6 +22,38 @@ def device_of(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Run a kernel with so many programs; a grid's first axis alone holds 2^31 of them."""
-    kernel[(programs,)](*arguments, **options)
+_compiled: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
+
+
+def _form(x: Any) -> Any:
+    """What Triton compiles differently for: dtype and alignment, or the kind of an integer."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, x >= 2**31
+    return x is None
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel with so many programs; a grid's first axis alone holds 2^31 of them.
+
+    A compiled kernel is kept by what Triton would tell it apart by, and then called directly:
+    Triton's own look-up costs more than the rest of a launch, since it inspects each argument anew.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        programs: size of the grid.
+        arguments: those known at run time, the first one a tensor, in the order of the signature.
+        constants: all constexpr arguments by name, and options such as num_warps.
+    """
+    key = (id(kernel), arguments[0].device, *map(_form, arguments), *constants.values())
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*arguments, **constants)
+        if isinstance(compiled, CompiledKernel):
+            if any(parameter.is_constexpr for parameter in kernel.params[: len(arguments)]):
+                raise TypeError(f"{kernel.__name__} was given a constexpr argument by position")
+            _compiled[key] = compiled, kernel.arg_names[len(arguments) :]
+        return
+    compiled, names = found
+    compiled[(programs, 1, 1)](*arguments, *[constants[name] for name in names])

@@ -11,7 +11,7 @@ nothing for tensor cores to win. Source: Qin et al. 2024, arXiv:2401.04658 (the 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from transnormer.ops.linear_attention.triton_constant import split_decay
-from transnormer.ops.linear_attention.triton_runtime import device_of
+from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 
 NO_DECAY, CONSTANT, PER_TOKEN, PER_KEY = range(4)
 
@@ -191,16 +191,15 @@ def step(
     decay, gates = gates_of(log_decay, single)
     state_row, state_head, state_k, state_v = state.stride()
     new_row, new_head, new_k, new_v = new_state.stride()
-    # Any: the type of a kernel is that of the Python function, which nobody calls.
-    launch: Any = step_kernel[(batch * kv_heads * -(-value_dim // columns),)]
     with device_of(q):
         launch(
+            step_kernel, batch * kv_heads * -(-value_dim // columns),
             q, k, v, q if log_decay is None else log_decay, state, new_state,
             q if slots is None else slots, o, scale, state.shape[0],
-            *q_strides, *k_strides, *v_strides, *gates,
-            state_row, state_head, new_row, new_head, state_k, state_v, new_k, new_v,
-            1 if single else lead[1], kv_heads, heads // kv_heads, key_dim, value_dim,
-            block_of(key_dim), columns, decay, slots is not None,
+            *q_strides, *k_strides, *v_strides, *gates, state_row, state_head, new_row, new_head,
+            STATE_K=state_k, STATE_V=state_v, NEW_K=new_k, NEW_V=new_v,
+            T=1 if single else lead[1], H=kv_heads, G=heads // kv_heads, K=key_dim, V=value_dim,
+            BLOCK_K=block_of(key_dim), BLOCK_V=columns, DECAY=decay, HAS_SLOTS=slots is not None,
             num_warps=num_warps,
         )  # fmt: skip
     return o
