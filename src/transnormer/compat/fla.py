@@ -4,6 +4,9 @@
 
 What differs from the package (fla-core 0.6.0):
 
+- g and g_gamma together are refused (the package applies both);
+- under autocast q, k and v are cast, so float32 inputs give the dtype of autocast (the package
+  returns the inputs' dtype);
 - g_gamma gets a gradient where it requires one (the package returns none for it);
 - the final state is finite at any length and decay (the package's is NaN where the last chunk of 64
   is short and the decay is strong), g = -inf and g_gamma = -inf are legal;
@@ -21,8 +24,10 @@ from torch import Tensor
 from transnormer.ops import checks, linear_attention
 
 
-def _check_log_decay(name: str, x: Tensor, shape: tuple[int, ...], dims: str) -> None:
+def _check_log_decay(name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], dims: str) -> None:
     checks.check_shape(name, x, shape, dims)
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}; expected {q.device}, the device of q; move it")
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}; expected a floating dtype, best float32")
     if checks.values_are_visible(x) and not bool((x <= 0).all()):
@@ -83,10 +88,10 @@ def chunk_simple_gla(
     log_decay = None
     if g is not None:
         shape = (k.shape[0], k.shape[1], kv_heads)
-        _check_log_decay("g", g, shape, "batch seq kv_heads")
+        _check_log_decay("g", g, q, shape, "batch seq kv_heads")
         log_decay = g
     elif g_gamma is not None:
-        _check_log_decay("g_gamma", g_gamma, (kv_heads,), "kv_heads")
+        _check_log_decay("g_gamma", g_gamma, q, (kv_heads,), "kv_heads")
         log_decay = g_gamma
     if initial_state is not None:
         initial_state = initial_state.to(checks.accumulation_dtype(q.dtype))

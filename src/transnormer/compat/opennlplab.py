@@ -9,7 +9,8 @@ the published 0.0.5 does not have):
 - s None runs at every dim (0.0.5 fails below dim 129), s = inf is legal (no history; the package
   gives NaN), s < 0 is refused where the values can be seen (on the CPU);
 - every dim, dtype and length that ``linear_attention`` takes, on the CPU too, float64 included; the
-  package takes powers of two above 16 and multiples of 16 above 128;
+  package takes powers of two from 32 to 128, and above 128 a key_dim that is a multiple of 64 or
+  16 or 32 more (it cuts key_dim into slices of 64 and a rest, which must be a power of two);
 - both variants give the exact result at any length (the package's "parallel" leaves the tail of a
   length that is no multiple of 256 unwritten); they differ in nothing here;
 - dims above 128 are summed in float32 (the package adds slices rounded to the inputs' dtype);
@@ -18,6 +19,7 @@ the published 0.0.5 does not have):
   ``transpose(1, 2)`` is free, ``view`` of the [batch, heads, seq, dim] form is not possible.
 """
 
+import torch
 from torch import Tensor
 
 from transnormer.ops import checks, linear_attention
@@ -25,7 +27,9 @@ from transnormer.ops import checks, linear_attention
 VARIANTS = ("chunk_loop", "parallel")
 
 
-def _check_slopes(s: Tensor, kv_heads: int) -> None:
+def _check_slopes(s: Tensor, kv_heads: int, device: torch.device) -> None:
+    if s.device != device:
+        raise ValueError(f"s is on {s.device}; expected {device}, the device of q; move it")
     if not s.is_floating_point():
         raise TypeError(f"s is {s.dtype}; expected a floating dtype, best float32")
     if s.numel() != kv_heads:
@@ -81,7 +85,7 @@ def lightning_attn_func(
     checks.check_shape("v", v, (batch, kv_heads, seq, v.shape[3]), dims)
     log_decay = None
     if s is not None:
-        _check_slopes(s, kv_heads)
+        _check_slopes(s, kv_heads, q.device)
         log_decay = -s.reshape(kv_heads)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return linear_attention(q, k, v, log_decay)[0].transpose(1, 2)

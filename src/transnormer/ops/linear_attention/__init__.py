@@ -1,7 +1,5 @@
 """Linear attention with decay: the contract, its checks and the choice of an implementation."""
 
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -11,6 +9,7 @@ from transnormer.ops import checks
 from transnormer.ops.dispatch import Implementation, choose
 from transnormer.ops.linear_attention.chunked import chunked_linear_attention
 from transnormer.ops.linear_attention.constant_decay import constant_decay_attention
+from transnormer.ops.linear_attention.kernel_devices import HAS_TRITON, why_not
 from transnormer.ops.linear_attention.lightning1_ops import lightning1
 from transnormer.ops.linear_attention.reference import recurrence
 from transnormer.ops.linear_attention.ring import RingState, linear_attention_ring_step
@@ -23,8 +22,6 @@ __all__ = [
     "linear_attention_ring_step",
     "linear_attention_step",
 ]
-
-_HAS_TRITON = find_spec("triton") is not None
 
 
 class Request(NamedTuple):
@@ -47,29 +44,16 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
-@cache
-def _gpu_reason(device: torch.device) -> str | None:
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
-
-
 @torch.compiler.assume_constant_result
 def _triton_environment(device: torch.device, named: bool) -> str | None:
     """Why Triton kernels cannot run on a device, or None where they can."""
-    if not _HAS_TRITON:
-        return "the package triton is not installed; install it"
-    if device.type == "cuda":
-        return _gpu_reason(device)
-    if device.type == "meta":
-        return None
     # The interpreter is for tests: thousands of times slower, so it is never chosen by itself.
-    if device.type == "cpu" and named:
+    if device.type == "cpu" and named and HAS_TRITON:
         from triton import knobs
 
         if knobs.runtime.interpret:
             return None
-    return f"inputs are on {device}; move them to a GPU"
+    return why_not(device)
 
 
 def _needs_triton(request: Request) -> Exception | None:
@@ -214,6 +198,8 @@ def linear_attention(
             initial_state = torch.zeros(shape, dtype=accumulation, device=q.device)
         # Sums of nothing, which still belong to the graph of the inputs.
         nothing = q.sum() + k.sum() + v.sum()
+        if log_decay is not None:
+            nothing = nothing + log_decay[:0].sum().to(nothing.dtype)
         o = v.new_zeros(q.shape[0], 0, q.shape[2], v.shape[3]) + nothing
         return o, initial_state + nothing.to(accumulation)
     arguments = {

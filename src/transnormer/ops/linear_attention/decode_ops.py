@@ -6,13 +6,13 @@ The ops have no gradient; the callers in ``step`` and ``ring`` decide when they 
 """
 
 import functools
-import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from transnormer.ops.linear_attention import kernel_devices
+
 MAX_KEY_DIM = 256
 
 _library = torch.library.Library("transnormer", "FRAGMENT")
@@ -42,16 +42,16 @@ def needs_gradient(*inputs: Tensor | None) -> bool:
 def runs_kernel(q: Tensor, v: Tensor, *others: Tensor | None) -> bool:
     """Whether a decode kernel runs, else PyTorch operations: the one rule of all steps.
 
-    Triton is installed; CUDA; not float64; a state tile fits the registers (key_dim up to 256); no
-    input needs a gradient.
+    Triton is installed; CUDA, and a device that kernels can run on (``kernel_devices``); not
+    float64; a state tile fits the registers (key_dim up to 256); no input needs a gradient.
     """
     return (
-        HAS_TRITON
-        and q.is_cuda
+        q.is_cuda
         and q.dtype != torch.float64
         and 0 < q.shape[-1] <= MAX_KEY_DIM
         and v.shape[-1] > 0
         and not needs_gradient(q, v, *others)
+        and kernel_devices.why_not(q.device) is None
     )
 
 

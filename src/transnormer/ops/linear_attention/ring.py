@@ -7,7 +7,12 @@ from torch import Tensor
 
 from transnormer.ops import checks
 from transnormer.ops.linear_attention import decode_ops
-from transnormer.ops.linear_attention.step import check_shapes, check_slots, write_live_rows
+from transnormer.ops.linear_attention.step import (
+    check_own_rows,
+    check_shapes,
+    check_slots,
+    write_live_rows,
+)
 
 MAX_CAPACITY = 32
 
@@ -65,14 +70,19 @@ class RingState(NamedTuple):
             dtype: of keys and values, that of the later inputs; None is the state's.
 
         Raises:
-            ValueError: a capacity or shape.
-            TypeError: a state whose dtype is not that of the sums.
+            ValueError: a capacity or shape, a state whose rows share memory.
+            TypeError: a dtype that is not floating, a state whose dtype is not that of the sums,
+                a capacity that is no int.
         """
         checks.check_tensor("state", state)
         checks.check_rank("state", state, "slots kv_heads key_dim value_dim")
+        check_own_rows("state", state)
+        _check_int("capacity", capacity)
         if not 2 <= capacity <= MAX_CAPACITY or capacity % 2:
             raise ValueError(f"capacity is {capacity}; expected an even number from 2 to 32")
-        dtype = dtype or state.dtype
+        dtype = state.dtype if dtype is None else dtype
+        if dtype not in checks.FLOAT_DTYPES:
+            raise TypeError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
         wanted = checks.accumulation_dtype(dtype)
         checks.check_same("state", state, wanted, state.device, f"the sums of {dtype} inputs")
         slots, kv_heads, key_dim, value_dim = state.shape
@@ -115,7 +125,13 @@ class RingState(NamedTuple):
 
         Returns:
             [slots, kv_heads, key_dim, value_dim]; NaN for a row that was rolled back too far.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: a log_decay that the steps refuse.
         """
+        checks.check_tensor("log_decay", log_decay, optional=True)
+        if log_decay is not None:
+            _check_constant(log_decay, self.state.device, self.state.shape[1])
         rows = self if slots is None else RingState(*(x[slots.long()] for x in self))
         g = _decay_per_head(log_decay, rows.state)
         order = _order(rows.start, rows.capacity)
@@ -125,8 +141,25 @@ class RingState(NamedTuple):
         values = rows.values.to(rows.state.dtype).masked_fill(~held, 0.0)
         weights = _power(g, (n - 1 - order)[..., None])
         folded = _decayed(rows.state, torch.where(n > 0, n.clamp(min=1) * g, 0.0))
-        folded = folded + torch.einsum("bch,bchk,bchv->bhkv", weights, keys, values)
+        # Autocast would round the float32 sums.
+        with checks.no_autocast(g.device.type):
+            folded = folded + torch.einsum("bch,bchk,bchv->bhkv", weights, keys, values)
         return folded.masked_fill((n < 0)[..., None, None], float("nan"))
+
+    def _dropped(self, tokens: int | Tensor) -> Tensor:
+        """What ``roll_back`` got as an int32 tensor, without a copy from the host."""
+        if isinstance(tokens, Tensor):
+            if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+                raise TypeError(f"tokens is {tokens.dtype}; expected integers")
+            if tokens.device != self.length.device:
+                raise ValueError(
+                    f"tokens is on {tokens.device}; expected {self.length.device}; move it"
+                )
+            return tokens.int()
+        _check_int("tokens", tokens)
+        if not 0 <= tokens <= self.capacity:
+            raise ValueError(f"tokens is {tokens}; expected 0 to the capacity, {self.capacity}")
+        return self.length.new_full((), tokens)
 
     def roll_back(self, tokens: int | Tensor, slots: Tensor | None = None) -> None:
         """Drop the last tokens of rows, in place, without waiting for a device.
@@ -137,10 +170,12 @@ class RingState(NamedTuple):
             slots: int32 or int64, the rows to change, each at most once, -1 skips; None is all.
 
         Raises:
-            ValueError: (CPU, eager) more tokens than a ring holds, or fewer than 0. Elsewhere such
-                a row gets length -1, which makes its later outputs NaN.
+            ValueError: an int outside 0 to capacity, tokens on another device; (CPU, eager) more
+                tokens than a ring holds, or fewer than 0. Elsewhere such a row gets length -1,
+                which makes its later outputs NaN.
+            TypeError: tokens that are no integers.
         """
-        dropped = torch.as_tensor(tokens, dtype=torch.int32, device=self.length.device)
+        dropped = self._dropped(tokens)
         if slots is not None:
             # One more row takes what -1 asks for.
             every = self.length.new_zeros(self.length.shape[0] + 1)
@@ -153,6 +188,11 @@ class RingState(NamedTuple):
                 "0 to what each holds; tokens folded into a state cannot be dropped"
             )
         self.length.copy_(torch.where(wrong, -1, self.length - dropped))
+
+
+def _check_int(name: str, x: object) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name} is {x!r}; expected an int")
 
 
 def _order(start: Tensor, capacity: int) -> Tensor:
@@ -215,12 +255,17 @@ def _plain_ring_step(
     updated = (state, keys, values, start, (n[:, 0] + tokens).int())
     for pool, x, y in zip(ring, updated, old, strict=True):
         write_live_rows(pool, used, live, x, y)
-    blank = torch.where(slots >= 0, float("nan"), 0.0).view(-1, 1, 1, 1)
+    blank = torch.where(slots == -1, 0.0, float("nan")).view(-1, 1, 1, 1)
     o = o.flatten(2, 3)
     return torch.where(live.view(-1, 1, 1, 1), o, blank).to(q.dtype)
 
 
 def _check_ring(ring: RingState, q: Tensor, v: Tensor, slots: Tensor | None) -> None:
+    if not isinstance(ring, RingState):
+        raise TypeError(
+            f"ring is {type(ring).__name__}; expected a RingState; make one with "
+            "RingState.from_state"
+        )
     key_dim, (kv_heads, value_dim) = q.shape[-1], v.shape[-2:]
     rows = q.shape[0] if slots is None else ring.state.shape[0]
     shape = (rows, kv_heads, key_dim, value_dim)
@@ -242,9 +287,10 @@ def _check_ring(ring: RingState, q: Tensor, v: Tensor, slots: Tensor | None) -> 
             f"tokens is {tokens}; expected at most half of the ring's capacity, which is "
             f"{ring.capacity}; make the ring larger"
         )
-    for name, x in (("keys", ring.keys), ("values", ring.values)):
-        if x.stride(3) != 1:
-            raise ValueError(f"ring.{name} has stride {x.stride(3)} in its last dim; expected 1")
+    for name, x in zip(ring._fields, ring, strict=True):
+        check_own_rows(f"ring.{name}", x)
+        if name != "state" and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"ring.{name} has stride {x.stride(-1)} in its last dim; expected 1")
 
 
 def linear_attention_ring_step(
@@ -283,9 +329,9 @@ def linear_attention_ring_step(
         pool gives NaN; so does a row that was rolled back too far.
 
     Raises:
-        ValueError: a shape, or (CPU, eager) a log_decay that is NaN or positive, a slot outside
-            the pool.
-        TypeError: dtypes that differ.
+        ValueError: a shape, a ring whose rows share memory, or (CPU, eager) a log_decay that is
+            NaN or positive, a slot outside the pool.
+        TypeError: dtypes that differ, a ring that is no RingState.
         NotImplementedError: a log_decay per token, or inputs that need a gradient.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -299,7 +345,7 @@ def linear_attention_ring_step(
     check_shapes(q, k, v)
     _check_ring(ring, q, v, slots)
     if log_decay is not None:
-        _check_constant(log_decay, q, v.shape[-2])
+        _check_constant(log_decay, q.device, v.shape[-2])
     if slots is not None:
         check_slots(slots, ring.state.shape[0], q)
     if decode_ops.needs_gradient(q, k, v, log_decay, ring.state):
@@ -318,7 +364,7 @@ def linear_attention_ring_step(
     return o[:, 0] if single else o
 
 
-def _check_constant(log_decay: Tensor, q: Tensor, kv_heads: int) -> None:
+def _check_constant(log_decay: Tensor, device: torch.device, kv_heads: int) -> None:
     if log_decay.dim() != 1:
         raise NotImplementedError(
             f"log_decay has shape {list(log_decay.shape)}; a ring needs one decay per head, "
@@ -327,6 +373,6 @@ def _check_constant(log_decay: Tensor, q: Tensor, kv_heads: int) -> None:
     checks.check_shape("log_decay", log_decay, (kv_heads,), "kv_heads")
     if not log_decay.is_floating_point():
         raise TypeError(f"log_decay is {log_decay.dtype}; expected a floating dtype")
-    if log_decay.device != q.device:
-        raise ValueError(f"log_decay is on {log_decay.device}; expected {q.device}; move it")
+    if log_decay.device != device:
+        raise ValueError(f"log_decay is on {log_decay.device}; expected {device}; move it")
     checks.check_log_decay_values(log_decay)

@@ -88,6 +88,17 @@ def check_slots(slots: Tensor, rows: int, q: Tensor) -> None:
             )
 
 
+def check_own_rows(name: str, x: Tensor) -> None:
+    """Raise ValueError where entries of x share memory, as those of an expanded tensor do."""
+    strides = x.stride()
+    # A dim of size 1 may have any stride.
+    if 0 in strides and any(n > 1 and s == 0 for n, s in zip(x.shape, strides, strict=True)):
+        raise ValueError(
+            f"{name} has strides {list(strides)}; expected rows of their own to update in place; "
+            f"pass {name}.clone()"
+        )
+
+
 def _check_log_decay(log_decay: Tensor, q: Tensor, kv_heads: int) -> None:
     *lead, _, key_dim = q.shape
     legal = ((kv_heads,), (*lead, kv_heads), (*lead, kv_heads, key_dim))
@@ -117,10 +128,10 @@ def linear_attention_step(
 
     S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T;  o_t = scale * q_t S_t.
 
-    On CUDA, where Triton is installed, no input needs a gradient and the inputs are not float64, one
-    kernel does it all (``triton_step``): the state crosses the memory bus once each way, and a slot
-    outside the pool makes its output NaN and touches nothing. Otherwise, and always where gradients
-    are needed, the step is made of PyTorch operations, which are differentiable unless in place.
+    On CUDA, under the rule of ``decode_ops.runs_kernel``, one kernel does it all (``triton_step``):
+    the state crosses the memory bus once each way, and a slot outside the pool makes its output NaN
+    and touches nothing. Otherwise, and always where gradients are needed, the step is made of
+    PyTorch operations, which are differentiable.
 
     Args:
         q: queries, [batch, heads, key_dim], or [batch, tokens, heads, key_dim] with tokens <= 8.
@@ -133,7 +144,10 @@ def linear_attention_step(
         scale: multiplies the output.
         slots: int32 [batch], the row of the pool that each row of the batch reads and writes; rows
             with -1 are skipped (their output is 0). Two rows may not share a slot. Implies inplace.
-        inplace: update ``state`` itself; not differentiable.
+        inplace: update ``state`` itself. Autograd follows that as any write: gradients reach q, k
+            and v, and log_decay with slots, which copy the rows they read; without slots a
+            log_decay that requires a gradient makes the backward raise RuntimeError, since the
+            state it was multiplied by is gone. A leaf state that requires a gradient is refused.
 
     Returns:
         o, [batch(, tokens), heads, value_dim] in the inputs' dtype, and the state after the last
@@ -141,8 +155,9 @@ def linear_attention_step(
 
     Raises:
         ValueError: a shape, or (CPU, eager) a log_decay that is NaN or positive, a slot outside
-            the pool.
+            the pool, or a state to be updated whose rows share memory.
         TypeError: dtypes that differ, or a state in another than the accumulation dtype.
+        RuntimeError: (PyTorch's) a leaf state that requires a gradient, in place.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("state", state)):
         checks.check_tensor(name, x)
@@ -154,12 +169,12 @@ def linear_attention_step(
         q, k, v = (x.to(checks.autocast_dtype(x)) for x in (q, k, v))
     check_shapes(q, k, v)
     kv_heads, value_dim = v.shape[-2:]
-    rows = q.shape[0] if slots is None else state.shape[0]
+    row_dim, rows = ("batch", q.shape[0]) if slots is None else ("num_slots", state.shape[0])
     checks.check_shape(
         "state",
         state,
         (rows, kv_heads, q.shape[-1], value_dim),
-        "batch kv_heads key_dim value_dim",
+        f"{row_dim} kv_heads key_dim value_dim",
     )
     accumulation = checks.accumulation_dtype(q.dtype)
     checks.check_same("state", state, accumulation, q.device, f"the sums of {q.dtype} inputs")
@@ -168,11 +183,8 @@ def linear_attention_step(
     if slots is not None:
         check_slots(slots, rows, q)
         inplace = True
-    if inplace and 0 in state.stride():
-        raise ValueError(
-            f"state has strides {list(state.stride())}; expected rows of their own to update in "
-            "place; pass state.clone()"
-        )
+    if inplace:
+        check_own_rows("state", state)
     if not decode_ops.runs_kernel(q, v, k, log_decay, state):
         return _plain_step(q, k, v, log_decay, state, scale, slots, inplace)
     if inplace:
@@ -190,7 +202,7 @@ def _plain_step(
     slots: Tensor | None,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The step in PyTorch: every device and dtype, and differentiable unless in place."""
+    """The step in PyTorch: every device and dtype, and differentiable."""
     single = q.dim() == 3
     if single:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
@@ -221,7 +233,9 @@ def _advance_slots(
     old = pool[used]
     part, updated = _advance(q, k, v, decay, old, inplace=False)
     write_live_rows(pool, used, live, updated, old)
-    return part.masked_fill(~live.view(-1, 1, 1, 1, 1), 0.0)
+    # -1 is skipped; other slots below 0 have to show.
+    blank = torch.where(slots == -1, 0.0, float("nan")).to(part.dtype)
+    return torch.where(live.view(-1, 1, 1, 1, 1), part, blank.view(-1, 1, 1, 1, 1))
 
 
 def write_live_rows(pool: Tensor, used: Tensor, live: Tensor, updated: Tensor, old: Tensor) -> None:
@@ -230,6 +244,8 @@ def write_live_rows(pool: Tensor, used: Tensor, live: Tensor, updated: Tensor, o
     A row that is not live writes what the first live row writes, to the same place; without a live
     row, each gets back what it holds. So no index's shape depends on values.
     """
+    if used.shape[0] == 0:
+        return
     row = torch.arange(used.shape[0], device=used.device)
     source = torch.where(live, row, live.int().argmax())
     pool[used[source]] = torch.where(live.any(), updated, old)[source]

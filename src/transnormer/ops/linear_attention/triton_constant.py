@@ -52,7 +52,8 @@ def split_decay(x):
     Near 1 the float32 exp(x) is off the same way at each chunk, which adds up over a long text;
     S + rest * S rounds without direction.
     """
-    near = x > -0.5
+    # Positive values, which nobody may pass but nobody sees on a GPU, are no small ones either.
+    near = tl.abs(x) < 0.5
     y = tl.where(near, x, 0.0)
     # exp(y) - 1 as a Taylor polynomial: the first term left out is 0.5^10 / 10! = 3e-10.
     poly = y / 9.0 + 1.0
@@ -114,8 +115,8 @@ def add_to_state(
     ``faint`` may be far below a float16's smallest, so there it multiplies the float32 sum.
     """
     if DTYPE == tl.float16:
-        weighted = (v.to(tl.float32) * weight[None, :]).to(DTYPE)
-        return state + tl.dot(weighted, k, input_precision=PRECISION) * faint
+        weighted, factor = as_operand(v.to(tl.float32) * weight[None, :], DTYPE)
+        return state + tl.dot(weighted, k, input_precision=PRECISION) * (factor * faint)
     weighted = (v.to(tl.float32) * (weight * faint)[None, :]).to(DTYPE)
     return tl.dot(weighted, k, acc=state, input_precision=PRECISION)
 
@@ -440,7 +441,7 @@ def local_state_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G", "INITIAL_GROUP"])
 def carry_kernel(
-    added, entry, initial, log_decay, first_unit, cu_seqlens,
+    added, entry, initial, log_decay, first_unit, table,
     T, L, SEGMENTS, H, G, INITIAL_GROUP, PIECES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, INITIAL: tl.constexpr,
     CONSTANT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
@@ -459,11 +460,9 @@ def carry_kernel(
     sequence = (program // (BLOCKS * H)).to(tl.int64)
     if PACKED:
         begin = tl.load(first_unit + sequence)
-        tokens = (tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)).to(tl.int64)
-        count = tl.maximum((tokens + L - 1) // L, 1)
+        count = tl.load(first_unit + sequence + 1) - begin
     else:
-        begin, tokens = sequence * SEGMENTS, tl.cast(T, tl.int64)
-        count = tl.cast(SEGMENTS, tl.int64)
+        begin, count = sequence * SEGMENTS, tl.cast(SEGMENTS, tl.int64)
     g = load_decay(log_decay, head // G, CONSTANT)
     carry = tl.zeros([BLOCK], dtype=tl.float32)
     if INITIAL:
@@ -480,6 +479,9 @@ def carry_kernel(
         # The unit at which the walk ends added nothing; its memory is not read.
         at = added + ((begin + j) * H + head) * (K * V) + entries
         new = tl.load(at, mask=inside & (i < count - PIECES), other=0.0)
-        size = tl.minimum(tl.maximum(tokens - j * L, 0), L)
+        if PACKED:
+            size = tl.load(table + (begin + j) * 4 + 2)
+        else:
+            size = tl.minimum(tl.maximum(T - j * L, 0), L)
         kept, rest = split_decay(tl.where(size > 0, g * tl.maximum(size, 1), 0.0))
         carry = carry * kept + carry * rest + new

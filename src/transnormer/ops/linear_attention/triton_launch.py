@@ -4,8 +4,6 @@ Legend: U units (segments of all sequences).
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from transnormer.ops.linear_attention import launch_config
@@ -18,10 +16,15 @@ from transnormer.ops.linear_attention.triton_constant import (
     local_state_kernel,
 )
 from transnormer.ops.linear_attention.triton_decay_gradient import decay_gradient_kernel
-from transnormer.ops.linear_attention.triton_runtime import device_of, launch
+from transnormer.ops.linear_attention.triton_runtime import (
+    arithmetic,
+    block,
+    device_of,
+    launch,
+    walkable,
+)
 from transnormer.ops.linear_attention.triton_units import unit_table_kernel
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _CARRY_BLOCK = 1024
 _TABLE_BLOCK = 1024
 
@@ -51,16 +54,12 @@ class Call:
             self.sequences = cu_seqlens.shape[0] - 1
             units = self.plan.units
             self.table = torch.empty(units, 4, dtype=torch.int64, device=k.device)
-            self.first_unit = torch.empty(self.sequences, dtype=torch.int64, device=k.device)
+            self.first_unit = torch.empty(self.sequences + 1, dtype=torch.int64, device=k.device)
             launch(
                 unit_table_kernel, self.sequences + 1, cu_seqlens, self.table, self.first_unit,
-                self.sequences, self.plan.length, units, BLOCK=_TABLE_BLOCK,
+                self.sequences, self.seq, self.plan.length, units, BLOCK=_TABLE_BLOCK,
             )  # fmt: skip
-        interpreted, exact = triton.knobs.runtime.interpret, q.dtype == torch.float32
-        # The interpreter computes with the bits of a bfloat16 as if they were an integer's.
-        dtype = tl.float32 if interpreted and q.dtype == torch.bfloat16 else _DTYPES[q.dtype]
-        precision = "tf32x3" if exact and not interpreted else "ieee"
-        self.arithmetic = {"DTYPE": dtype, "PRECISION": precision, "EXACT": exact}
+        self.arithmetic = arithmetic(q.dtype)
 
     @property
     def cut(self) -> tuple[int, int, int]:
@@ -114,21 +113,11 @@ class Call:
         )  # fmt: skip
         launch(
             carry_kernel, self.sequences * heads * -(-k.shape[3] * v.shape[3] // _CARRY_BLOCK),
-            added, states, initial, self.log_decay, self.first_unit, self.cu_seqlens, *cut, heads,
+            added, states, initial, self.log_decay, self.first_unit, self.table, *cut, heads,
             groups, groups if against else 1, BLOCK=_CARRY_BLOCK, INITIAL=initial is not None,
             **forms,
         )  # fmt: skip
         return states
-
-
-def _contiguous_last(*tensors: Tensor) -> list[Tensor]:
-    """The kernels walk the strides of all dims but the last."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What the kernels read as one block."""
-    return [x if x is None else x.contiguous() for x in tensors]
 
 
 def entry_of(units: Tensor | None, sequences: Tensor | None) -> tuple[Tensor | None, str]:
@@ -149,8 +138,9 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final states."""
-    q, k, v = _contiguous_last(q, k, v)
-    log_decay, initial_state, cu_seqlens = _contiguous(log_decay, initial_state, cu_seqlens)
+    q, k, v = walkable(q), walkable(k), walkable(v)
+    log_decay, initial_state = block(log_decay), block(initial_state)
+    cu_seqlens = block(cu_seqlens)
     with device_of(q):
         call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
         entry, kind = entry_of(call.states(initial_state), initial_state)
@@ -184,20 +174,24 @@ def backward(
     with_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and initial_state (the last two empty where not asked for)."""
-    q, k, v, do = _contiguous_last(q, k, v, do)
-    log_decay, initial_state, cu_seqlens = _contiguous(log_decay, initial_state, cu_seqlens)
-    (d_final,) = _contiguous(d_final)
+    q, k, v, do = walkable(q), walkable(k), walkable(v), walkable(do)
+    log_decay, initial_state = block(log_decay), block(initial_state)
+    cu_seqlens = block(cu_seqlens)
+    d_final = block(d_final)
     with device_of(q):
         call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
         entry = entry_of(call.states(initial_state), initial_state)
         grad_entry = entry_of(call.grad_states(do, d_final), d_final)
-        d_initial = call.empty_states(call.heads) if with_initial else q.new_empty(0)
+        d_initial = q.new_empty(0, dtype=torch.float32)
+        if with_initial:
+            d_initial = call.empty_states(call.heads)
         dq, dk, dv = _sweeps(call, do, entry, grad_entry, d_initial, with_initial)
         d_decay = q.new_empty(0)
         if with_decay and log_decay is not None:
             d_decay = decay_gradient(call, log_decay, do, entry, grad_entry)
     if call.groups > 1:
-        dk, dv = (x.unflatten(2, (call.kv_heads, -1)).sum(3) for x in (dk, dv))
+        # Autocast, where it is on, would return float32.
+        dk, dv = (x.unflatten(2, (call.kv_heads, -1)).sum(3, dtype=x.dtype) for x in (dk, dv))
         if with_initial:
             d_initial = d_initial.unflatten(1, (call.kv_heads, -1)).sum(2)
     return dq, dk, dv, d_decay, d_initial

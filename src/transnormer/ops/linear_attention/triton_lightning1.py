@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from transnormer.ops.linear_attention.triton_constant import (
+    add_to_state,
     decay_state,
     load_decay,
     load_state,
@@ -38,7 +39,7 @@ from transnormer.ops.linear_attention.triton_constant import (
     split_decay,
     store_state,
 )
-from transnormer.ops.linear_attention.triton_units import find_unit
+from transnormer.ops.linear_attention.triton_units import find_unit, load_bounds
 
 
 @triton.jit
@@ -61,8 +62,7 @@ def add_product(total, a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 def sequence_bounds(cu_seqlens, sequence, T, PACKED: tl.constexpr):
     """First token of a sequence and the one behind its last, int64, in its batch row."""
     if PACKED:
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        begin, end = load_bounds(cu_seqlens, sequence, T, sequence >= 0)
     else:
         begin, end = tl.cast(0, tl.int64), tl.cast(T, tl.int64)
     return begin, end
@@ -298,8 +298,7 @@ def leaving_state_kernel(
         weight = tl.where(rows < left, power(g, left - 1 - rows), 0.0)
         kept, rest = split_decay(g * left)
         state = decay_state(state, kept, rest, EXACT)
-        weighted = (v_.to(tl.float32) * weight[None, :]).to(DTYPE)
-        state = tl.dot(weighted, k_, acc=state, input_precision=PRECISION)
+        state = add_to_state(state, k_, v_, weight, 1.0, DTYPE, PRECISION)
     # What all terms share stays out of the weights, whose rounding a float16 could not hold.
     state *= power(g, n - stop + SHIFT) * scale
     if INITIAL:

@@ -3,13 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from transnormer.ops.linear_attention import triton_launch
 from transnormer.ops.linear_attention.constant_decay import gpu_of
 from transnormer.ops.linear_attention.launch_config import (
+    Gpu,
     block_of,
     local_state_tiles,
     segments_of,
@@ -18,10 +17,15 @@ from transnormer.ops.linear_attention.triton_lightning1 import (
     leaving_state_kernel,
     quadratic_kernel,
 )
-from transnormer.ops.linear_attention.triton_runtime import device_of, launch
+from transnormer.ops.linear_attention.triton_runtime import (
+    arithmetic,
+    block,
+    device_of,
+    launch,
+    walkable,
+)
 from transnormer.ops.linear_attention.triton_units import unit_table_kernel
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _TABLE_BLOCK = 1024
 
 
@@ -36,7 +40,7 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-def _tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> _Tiles:
+def _tiles(key_dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu) -> _Tiles:
     """Tiles of a product with these dims.
 
     The sum, queries x value_block in float32, lies in a program's registers; the queries and
@@ -52,6 +56,8 @@ def _tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> _Tiles:
         if block == 256:
             return _Tiles(32, 16, block, min(values, 64), 4, 2)
         return _Tiles(16, 16, block, min(values, 32), 4, 2)
+    if gpu.shared_memory < 220_000:
+        return _Tiles(64, 64 if block <= 128 else 32, block, min(values, 64), 4, 2)
     stages = 3 if block <= 128 else 2
     return _Tiles(128, 64 if block <= 256 else 32, block, min(values, 128), 8, stages)
 
@@ -72,14 +78,10 @@ class _Call:
         self.log_decay, self.cu_seqlens = log_decay, cu_seqlens
         self.reverse, self.dtype = reverse, q.dtype
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        interpreted = triton.knobs.runtime.interpret
-        exact = q.dtype == torch.float32
-        self.arithmetic: dict[str, Any] = {
-            "CONSTANT": log_decay is not None,
-            "PACKED": cu_seqlens is not None,
-            "DTYPE": tl.float32 if interpreted and q.dtype == torch.bfloat16 else _DTYPES[q.dtype],
-            "PRECISION": "tf32x3" if exact and not interpreted else "ieee",
-        }
+        forms = {"CONSTANT": log_decay is not None, "PACKED": cu_seqlens is not None}
+        self.arithmetic: dict[str, Any] = arithmetic(q.dtype) | forms
+        # The tiles of the product hold no state that many chunks could wear out.
+        self.exact = self.arithmetic.pop("EXACT")
 
     def _table(self, tile: int) -> tuple[Tensor | None, int, int]:
         """The table of packed tiles of queries, their number, and tiles a sequence (not packed)."""
@@ -90,7 +92,7 @@ class _Call:
         table = torch.empty(units, 4, dtype=torch.int64, device=self.cu_seqlens.device)
         launch(
             unit_table_kernel, self.sequences + 1, self.cu_seqlens, table,
-            table.new_empty(self.sequences), self.sequences, tile, units, BLOCK=_TABLE_BLOCK,
+            table.new_empty(self.sequences + 1), self.sequences, self.seq, tile, units, BLOCK=_TABLE_BLOCK,
         )  # fmt: skip
         return table, units, 0
 
@@ -114,7 +116,7 @@ class _Call:
             against: the order is opposite to the forward pass's.
             transposed: key_dim is the dim of v here, not of q and k.
         """
-        tiles = _tiles(q.shape[3], v.shape[3], self.dtype)
+        tiles = _tiles(q.shape[3], v.shape[3], self.dtype, gpu_of(q.device))
         table, units, segments = self._table(tiles.queries)
         o = v.new_empty(self.batch, self.seq, self.heads, v.shape[3])
         launch(
@@ -147,20 +149,10 @@ class _Call:
             self.groups if against else 1, scale, K=key_dim, V=value_dim, C=tiles.chunk,
             BD=tiles.key_block, BE=tiles.value_block, SHIFT=int(against),
             INITIAL=initial is not None, REVERSE=self.reverse != against,
-            EXACT=self.dtype == torch.float32, STAGES=tiles.stages, num_warps=tiles.warps,
+            EXACT=self.exact, STAGES=tiles.stages, num_warps=tiles.warps,
             **self.arithmetic,
         )  # fmt: skip
         return states.squeeze(0) if pieces == 1 else states.sum(0)
-
-
-def _walkable(x: Tensor) -> Tensor:
-    """The kernels walk the strides of all dims but the last."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _block(x: Tensor | None) -> Tensor | None:
-    """What the kernels read as one block."""
-    return x if x is None else x.contiguous()
 
 
 def forward(
@@ -174,9 +166,9 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final states."""
-    q, k, v = (_walkable(x) for x in (q, k, v))
+    q, k, v = (walkable(x) for x in (q, k, v))
     log_decay, initial_state, cu_seqlens = (
-        _block(x) for x in (log_decay, initial_state, cu_seqlens)
+        block(x) for x in (log_decay, initial_state, cu_seqlens)
     )
     with device_of(q):
         call = _Call(q, k, log_decay, cu_seqlens, reverse)
@@ -199,11 +191,11 @@ def backward(
     with_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and initial_state (the last two empty where not asked for)."""
-    q, k, v, do = (_walkable(x) for x in (q, k, v, do))
+    q, k, v, do = (walkable(x) for x in (q, k, v, do))
     log_decay, initial_state, cu_seqlens, d_final = (
-        _block(x) for x in (log_decay, initial_state, cu_seqlens, d_final)
+        block(x) for x in (log_decay, initial_state, cu_seqlens, d_final)
     )
-    d_decay = d_initial = q.new_empty(0)
+    d_decay, d_initial = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
     with device_of(q):
         call = _Call(q, k, log_decay, cu_seqlens, reverse)
         dq = call.product(do, v, k, initial_state, scale, transposed=True)
@@ -218,7 +210,8 @@ def backward(
             grad_entry = triton_launch.entry_of(chunked.grad_states(do, d_final), d_final)
             d_decay = triton_launch.decay_gradient(chunked, log_decay, do, entry, grad_entry)
     if call.groups > 1:
-        dk, dv = (x.unflatten(2, (-1, call.groups)).sum(3) for x in (dk, dv))
+        # Autocast, where it is on, would return float32.
+        dk, dv = (x.unflatten(2, (-1, call.groups)).sum(3, dtype=x.dtype) for x in (dk, dv))
         if with_initial:
             d_initial = d_initial.unflatten(1, (-1, call.groups)).sum(2)
     return dq, dk, dv, d_decay, d_initial

@@ -87,7 +87,7 @@ def ring_kernel(
     query = tl.load(q, mask=in_k, other=0.0)
     if n < 0:
         # Skipped rows give 0; a slot outside the pool, or a ring rolled back too far, has to show.
-        blank = tl.zeros([BLOCK_V], tl.float32) + tl.where(slot < 0, 0.0, float("nan"))
+        blank = tl.zeros([BLOCK_V], tl.float32) + tl.where(slot == -1, 0.0, float("nan"))
         for t in tl.static_range(T):
             for i in range(G):
                 tl.store(o + (t * H * G + i) * V, blank.to(o.dtype.element_ty), mask=in_v)
@@ -193,8 +193,7 @@ def ring_step(
     state_row, state_head, state_k, state_v = state.stride()
     ring_strides = (*keys.stride()[:3], *values.stride()[:3])
     block_k, has_slots = block_of(key_dim), slots is not None
-    if slots is None:
-        slots = start
+    slots = slots.contiguous() if has_slots else start
     shape = {"T": tokens, "H": kv_heads, "K": key_dim, "V": value_dim, "C": capacity}
     with device_of(q):
         launch(

@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -20,6 +23,25 @@ def device_of(x: Tensor) -> AbstractContextManager[object]:
             "Triton's interpreter; move them"
         )
     return nullcontext()
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of a kernel that say how products of a dtype are computed."""
+    interpreted, exact = triton.knobs.runtime.interpret, dtype == torch.float32
+    # The interpreter computes with the bits of a bfloat16 as if they were an integer's.
+    operands = tl.float32 if interpreted and dtype == torch.bfloat16 else _DTYPES[dtype]
+    precision = "tf32x3" if exact and not interpreted else "ieee"
+    return {"DTYPE": operands, "PRECISION": precision, "EXACT": exact}
+
+
+def walkable(x: Tensor) -> Tensor:
+    """x with a contiguous last dim; kernels walk the strides of the others."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def block(x: Tensor | None) -> Tensor | None:
+    """x as a kernel reads it that walks no strides."""
+    return x if x is None else x.contiguous()
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
@@ -46,7 +68,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         arguments: those known at run time, the first one a tensor, in the order of the signature.
         constants: all constexpr arguments by name, and options such as num_warps.
     """
-    key = (id(kernel), arguments[0].device, *map(_form, arguments), *constants.values())
+    key = (id(kernel), arguments[0].device, *map(_form, arguments), *constants.items())
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[(programs,)](*arguments, **constants)

@@ -87,8 +87,8 @@ def step_kernel(
     if HAS_SLOTS:
         slot = tl.load(slots + b).to(tl.int64)
         if (slot < 0) | (slot >= num_slots):
-            # -1 is skipped; a slot outside the pool has to show, and must not be touched.
-            blank = tl.zeros([BLOCK_V], tl.float32) + tl.where(slot < 0, 0.0, float("nan"))
+            # -1 is skipped; any other slot outside the pool has to show, and must not be touched.
+            blank = tl.zeros([BLOCK_V], tl.float32) + tl.where(slot == -1, 0.0, float("nan"))
             for t in tl.static_range(T):
                 for i in range(G):
                     tl.store(o + (t * H * G + i) * V, blank, mask=in_v)
@@ -188,6 +188,7 @@ def step(
     q, q_strides = rows_of(q)
     k, k_strides = rows_of(k)
     v, v_strides = rows_of(v)
+    slots = None if slots is None else slots.contiguous()
     decay, gates = gates_of(log_decay, single)
     state_row, state_head, state_k, state_v = state.stride()
     new_row, new_head, new_k, new_v = new_state.stride()

@@ -11,29 +11,39 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["N", "L", "bound"])
-def unit_table_kernel(cu_seqlens, table, first_unit, N, L, bound, BLOCK: tl.constexpr):
+@triton.jit
+def load_bounds(cu_seqlens, n, T, live):
+    """Start and stop of sequences n, made to lie within the row whatever the bounds are."""
+    start = tl.load(cu_seqlens + n, mask=live, other=0).to(tl.int64)
+    stop = tl.load(cu_seqlens + n + 1, mask=live, other=0).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), T)
+    return start, tl.minimum(tl.maximum(stop, start), T)
+
+
+@triton.jit(do_not_specialize=["N", "T", "L", "bound"])
+def unit_table_kernel(cu_seqlens, table, first_unit, N, T, L, bound, BLOCK: tl.constexpr):
     """Program n writes sequence n's units: (sequence, start, length, is last) int64 each.
 
     An empty sequence has one unit of length 0, which passes its state on. Program N fills the rest
-    up to ``bound`` with sequence -1.
+    up to ``bound`` with sequence -1. first_unit [N + 1] gets the number of the units before each
+    sequence, and of all. Bounds that are no bounds, which nobody can see without waiting for the
+    device, give wrong results but touch nothing outside of the tensors.
     """
     n = tl.program_id(0)
     before = tl.zeros([BLOCK], dtype=tl.int64)
     for base in range(0, n, BLOCK):
         i = base + tl.arange(0, BLOCK)
         live = i < n
-        start = tl.load(cu_seqlens + i, mask=live, other=0).to(tl.int64)
-        stop = tl.load(cu_seqlens + i + 1, mask=live, other=0).to(tl.int64)
+        start, stop = load_bounds(cu_seqlens, i, T, live)
         before += tl.where(live, tl.maximum((stop - start + L - 1) // L, 1), 0)
-    first = tl.sum(before, 0)
+    first = tl.minimum(tl.sum(before, 0), bound)
+    tl.store(first_unit + n, first)
     fields = tl.arange(0, 4)
     if n < N:
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        length = tl.load(cu_seqlens + n + 1).to(tl.int64) - start
+        start, stop = load_bounds(cu_seqlens, n, T, n < N)
+        length = stop - start
         count = tl.maximum((length + L - 1) // L, 1)
-        tl.store(first_unit + n, first)
-        for j in range(0, count):
+        for j in range(0, tl.minimum(count, bound - first)):
             here = start + j * L
             size = tl.minimum(length - j * L, L)
             last = (j == count - 1).to(tl.int64)

@@ -1,0 +1,95 @@
+"""Linear attention as a torch op with its backward op, for the forms whose kernels are Triton's.
+
+What torch has to know (schema, shapes, gradients) needs no Triton; a form adds what the two ops run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("transnormer", "FRAGMENT")
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
+    "float scale, bool reverse"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse):
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = v.new_empty(sequences, *k.shape[2:], v.shape[3], dtype=torch.float32)
+    return v.new_empty(*q.shape[:3], v.shape[3]), final
+
+
+def _fake_backward(
+    grad_o, grad_final, q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse, with_decay,
+    with_state,
+):  # fmt: skip
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (sequences, *k.shape[2:], v.shape[3]) if with_state else (0,)
+    return (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        log_decay.new_empty(log_decay.shape) if with_decay else q.new_empty(0),
+        q.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+    # States take no gradient where nobody uses them; zeros of their size would be made otherwise.
+    ctx.set_materialize_grads(False)
+
+
+def define_attention(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Define ``transnormer::name`` and ``transnormer::name_backward``; return the first.
+
+    Args:
+        name: of the op.
+        forward: (q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse) -> (o,
+            final_state), as ``linear_attention``'s.
+        backward: (grad_o, grad_final or None, the inputs of forward, with_decay, with_state) ->
+            gradients of q, k, v, log_decay, initial_state; the last two are empty, in q's dtype
+            and in float32, where they are not asked for.
+    """
+    # By schema instead of by torch.library.custom_op, whose checks cost 10 us a call.
+    _LIBRARY.define(f"{name}({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
+    _LIBRARY.define(
+        f"{name}_backward(Tensor grad_o, Tensor? grad_final, {_INPUTS}, bool with_decay, "
+        "bool with_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=_TAGS,
+    )
+    _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"transnormer::{name}", _fake_forward)
+    torch.library.register_fake(f"transnormer::{name}_backward", _fake_backward)
+    run = getattr(torch.ops.transnormer, name)
+    run_backward = getattr(torch.ops.transnormer, f"{name}_backward")
+
+    def gradients(ctx, grad_o, grad_final):
+        q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+        if grad_o is None:
+            grad_o = v.new_zeros(*q.shape[:3], v.shape[3])
+        with_decay = log_decay is not None and ctx.needs_input_grad[3]
+        with_state = initial_state is not None and ctx.needs_input_grad[4]
+        grads = run_backward(
+            grad_o, grad_final, q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale,
+            ctx.reverse, with_decay, with_state,
+        )  # fmt: skip
+        d_decay, d_state = grads[3] if with_decay else None, grads[4] if with_state else None
+        return *grads[:3], d_decay, d_state, None, None, None
+
+    def no_second(ctx, *grads):
+        # Without this, torch takes the second derivative for 0.
+        raise NotImplementedError(
+            "the Triton kernels of linear_attention have no second derivative; use "
+            "implementation='reference'"
+        )
+
+    torch.library.register_autograd(f"transnormer::{name}", gradients, setup_context=_setup_context)
+    torch.library.register_autograd(f"transnormer::{name}_backward", no_second)
+    return run

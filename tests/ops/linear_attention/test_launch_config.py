@@ -1,0 +1,48 @@
+"""How calls are cut into programs."""
+
+import pytest
+import torch
+
+from transnormer.ops.linear_attention import launch_config
+from transnormer.ops.linear_attention.launch_config import Gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "segments"),
+    [
+        (16, 131_072, 8),
+        (16, 8192, 4),
+        (8, 2048, 1),
+        (64, 8192, 1),
+        (128, 1 << 20, 1),
+        (8, 1 << 20, 16),
+    ],
+)
+def test_sequences_are_cut_where_heads_leave_processors_idle(
+    rows: int, tokens: int, segments: int
+) -> None:
+    assert launch_config.segments_of(rows, tokens, Gpu()) == segments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key_dim", [4, 16, 96, 128, 200, 256, 428, 512])
+@pytest.mark.parametrize("value_dim", [4, 64, 100, 512])
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_tiles_hold_the_dims_in_powers_of_two(
+    key_dim: int, value_dim: int, rows: int, dtype: torch.dtype
+) -> None:
+    for small in (Gpu(), Gpu(84, 101_376)):
+        for backward in (False, True):
+            tiles = launch_config.sweep_tiles(
+                key_dim, value_dim, dtype, rows, small, backward=backward
+            )
+            assert tiles.key_block >= key_dim
+            for size in (tiles.chunk, tiles.key_block, tiles.value_block, tiles.warps):
+                assert size & (size - 1) == 0
+            assert min(tiles.chunk, tiles.key_block, tiles.value_block) >= 16
+            # q, k and v of the chunks under way; products of registers take one buffer less.
+            wide = 2 * tiles.key_block + tiles.value_block
+            loads = (tiles.stages - 1) * tiles.chunk * wide * dtype.itemsize
+            assert loads <= small.shared_memory
