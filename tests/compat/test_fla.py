@@ -108,6 +108,8 @@ def test_gradients_reach_all_inputs(decay: str) -> None:
         ({"g_gamma": torch.zeros(2)}, ValueError, r"g_gamma has shape \[2\]; expected \[3\]"),
         ({"g_gamma": None, "g": -make_gates()}, ValueError, "g holds"),
         ({"g_gamma": torch.zeros(3, dtype=torch.int64)}, TypeError, "g_gamma is torch.int64"),
+        ({"g_gamma": GAMMA.to("meta")}, ValueError, "^g_gamma is on meta; expected cpu"),
+        ({"g_gamma": None, "g": make_gates().to("meta")}, ValueError, "^g is on meta; expected"),
         ({"scale": "1"}, TypeError, "scale is '1'; expected a number"),
         ({"cu_seqlens": False}, TypeError, "cu_seqlens is bool; expected a tensor or None"),
     ],
@@ -116,3 +118,9 @@ def test_mistakes_are_named(change: dict, error: type[Exception], message: str) 
     arguments = dict(zip("qkv", make_inputs())) | {"g_gamma": GAMMA} | change
     with pytest.raises(error, match=message):
         chunk_simple_gla(**arguments)
+
+
+def test_autocast_gives_its_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = chunk_simple_gla(*make_inputs(), g_gamma=GAMMA, output_final_state=True)
+    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)

@@ -78,6 +78,7 @@ def test_gradients_reach_inputs_and_slopes() -> None:
         ({"s": torch.full((3,), -0.5)}, ValueError, "s holds -0.5; expected slopes >= 0"),
         ({"s": torch.full((3,), float("nan"))}, ValueError, "s holds nan"),
         ({"s": torch.ones(3, dtype=torch.int32)}, TypeError, "s is torch.int32"),
+        ({"s": torch.ones(3, device="meta")}, ValueError, "^s is on meta; expected cpu"),
         ({"s": 0.5}, TypeError, "s is float; expected a tensor or None"),
         ({"q": torch.randn(2, 3, 5)}, ValueError, r"expected \[batch, heads, seq, key_dim\]"),
         (

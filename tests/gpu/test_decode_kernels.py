@@ -202,6 +202,9 @@ def test_no_call_waits_for_the_gpu() -> None:
         linear_attention_step(q, k, v, log_decay, pool)
         linear_attention_ring_step(q, k, v, log_decay, ring, slots=slots)
         ring.roll_back(dropped, slots)
+        linear_attention_ring_step(q, k, v, log_decay, ring, slots=slots)
+        ring.roll_back(1, slots)
+        ring.roll_back(0)
 
 
 def test_a_compiled_step_equals_the_eager_one() -> None:

@@ -10,7 +10,7 @@ from attention_cases import make_inputs, make_log_decay
 from tolerances import OUTPUT, STATE, assert_close
 from torch import Tensor
 
-from transnormer.ops import linear_attention_ring_step
+from transnormer.ops import checks, linear_attention_ring_step
 from transnormer.ops.linear_attention import decode_ops
 from transnormer.ops.linear_attention.ring import RingState
 
@@ -188,10 +188,108 @@ def test_more_tokens_than_the_ring_holds_cannot_be_dropped() -> None:
     ring.length.fill_(3)
     with pytest.raises(ValueError, match=r"tokens is \[0, 4\].*hold \[3, 3\]"):
         ring.roll_back(4, slots=torch.tensor([1, -1]))
-    with pytest.raises(ValueError, match="tokens is -1"):
-        ring.roll_back(-1)
+    for tokens in (-1, 17):
+        with pytest.raises(ValueError, match=f"tokens is {tokens}; expected 0 to"):
+            ring.roll_back(tokens)
     ring.roll_back(torch.tensor([2, 3]), slots=torch.tensor([1, -1], dtype=torch.int32))
     assert ring.length.tolist() == [3, 1]
+
+
+def test_tokens_to_drop_are_integers_on_the_rings_device() -> None:
+    ring = RingState.empty(2, 1, 16, 16)
+    ring.length.fill_(3)
+    for tokens in (1.5, True, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=r"^tokens is .*; expected (an int|integers)"):
+            ring.roll_back(tokens)
+    with pytest.raises(ValueError, match="tokens is on meta; expected cpu"):
+        ring.roll_back(torch.ones(2, dtype=torch.int32, device="meta"))
+    ring.roll_back(1)
+    ring.roll_back(1, slots=torch.tensor([1]))
+    assert ring.length.tolist() == [2, 1]
+
+
+def test_an_int_is_not_copied_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("as_tensor waits for a GPU")
+
+    ring = RingState.empty(2, 1, 16, 16)
+    ring.length.fill_(3)
+    for name in ("as_tensor", "tensor"):
+        monkeypatch.setattr(torch, name, refuse)
+    ring.roll_back(1)
+    assert ring.length.tolist() == [2, 2]
+
+
+def test_fold_refuses_the_decays_that_steps_refuse() -> None:
+    ring = RingState.empty(2, 4, 16, 16)
+    for log_decay, error, match in (
+        (torch.zeros(1), ValueError, "log_decay has shape"),
+        (torch.ones(4), ValueError, "log_decay holds 1.0"),
+        (torch.zeros(2, 4), NotImplementedError, "one decay per head"),
+        (torch.zeros(4, dtype=torch.int32), TypeError, "log_decay is torch.int32"),
+        (-0.5, TypeError, "log_decay is float"),
+    ):
+        with pytest.raises(error, match=match):
+            ring.fold(log_decay)
+
+
+def test_fold_sums_in_float32_under_autocast() -> None:
+    ring = RingState.from_state(torch.randn(2, 1, 16, 16, device=DEVICE))
+    for x in (ring.keys, ring.values):
+        x.normal_()
+    ring.length.fill_(16)
+    exact = ring.fold(None)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(ring.fold(None), exact)
+
+
+def test_an_empty_batch_leaves_the_rings(form: str) -> None:
+    ring = RingState.empty(3, 1, 16, 16, device=DEVICE)
+    before = RingState(*(x.clone() for x in ring))
+    q = torch.randn(0, 2, 1, 16, device=DEVICE)
+    slots = torch.zeros(0, dtype=torch.int32, device=DEVICE)
+    o = linear_attention_ring_step(q, q, q, None, ring, slots=slots)
+    assert o.shape == q.shape
+    assert all(torch.equal(x, y) for x, y in zip(ring, before, strict=True))
+
+
+def test_a_slot_outside_the_pool_shows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "values_are_visible", lambda _: False)
+    ring = RingState.empty(2, 1, 16, 16, device=DEVICE)
+    q = torch.randn(3, 1, 16, device=DEVICE)
+    slots = torch.tensor([-2, -1, 1], dtype=torch.int32, device=DEVICE)
+    o = linear_attention_ring_step(q, q, q, None, ring, slots=slots)
+    assert bool(o[0].isnan().all())
+    assert bool((o[1] == 0).all())
+    assert bool(o[2].isfinite().all())
+    assert ring.length.tolist() == [0, 1]
+
+
+def test_slots_of_any_stride_are_read(form: str) -> None:
+    q = torch.randn(2, 1, 16, device=DEVICE)
+    slots = torch.tensor([2, -1, 0, -1], dtype=torch.int32, device=DEVICE)[::2]
+    ring = RingState.empty(3, 1, 16, 16, device=DEVICE)
+    linear_attention_ring_step(q, q, q, None, ring, slots=slots)
+    assert ring.length.tolist() == [1, 0, 1]
+    assert torch.equal(ring.keys[[2, 0], 0], q)
+
+
+@pytest.mark.parametrize("name", RingState._fields)
+def test_rings_that_share_memory_are_refused(name: str) -> None:
+    ring = RingState.empty(2, 4, 16, 16)
+    shared = ring._replace(**{name: getattr(ring, name)[:1].expand_as(getattr(ring, name))})
+    with pytest.raises(ValueError, match=rf"^ring\.{name} has strides .*ring\.{name}\.clone"):
+        call(ring=shared)()
+    if name == "state":
+        with pytest.raises(ValueError, match=r"^state has strides .*pass state\.clone"):
+            RingState.from_state(shared.state, capacity=2)
+
+
+def test_a_ring_of_one_row_may_have_any_stride() -> None:
+    q = torch.randn(1, 1, 16)
+    ring = RingState.empty(1, 1, 16, 16)
+    ring = RingState(*(x.as_strided(x.shape, (0, *x.stride()[1:])) for x in ring))
+    assert bool(linear_attention_ring_step(q, q, q, None, ring).isfinite().all())
 
 
 def test_fold_leaves_the_rings_and_takes_slots(form: str) -> None:
@@ -211,6 +309,9 @@ def call(**changes: object) -> Callable[[], Tensor]:
     return lambda: linear_attention_ring_step(**(arguments | changes))
 
 
+COLUMNS = RingState.empty(2, 4, 16, 16)._replace(length=torch.zeros(2, 2, dtype=torch.int32)[:, 0])
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
@@ -220,6 +321,10 @@ def call(**changes: object) -> Callable[[], Tensor]:
         ({"ring": RingState.empty(2, 4, 16, 16, capacity=4)}, ValueError, "half of the ring"),
         ({"ring": RingState.empty(3, 4, 16, 16)}, ValueError, "ring.state has shape"),
         ({"ring": RingState.empty(2, 4, 16, 16, dtype=torch.float16)}, TypeError, "ring.keys"),
+        ({"ring": torch.zeros(2, 4, 16, 16)}, TypeError, "^ring is Tensor; expected a RingState"),
+        ({"ring": tuple(RingState.empty(2, 4, 16, 16))}, TypeError, "^ring is tuple; expected"),
+        ({"ring": COLUMNS}, ValueError, "^ring.length has stride 2 in its last dim"),
+        ({"ring": COLUMNS._replace(keys=torch.zeros(2))}, ValueError, "^ring.keys has shape"),
         ({"slots": torch.tensor([0, 0], dtype=torch.int32)}, ValueError, "each at most once"),
         ({"slots": torch.tensor([0, 2], dtype=torch.int32)}, ValueError, "row of the pool"),
         ({"slots": torch.tensor([0, 1])}, TypeError, "int32"),
@@ -237,6 +342,14 @@ def test_wrong_calls_say_what_was_expected(
 def test_capacities_are_even_and_small(capacity: int) -> None:
     with pytest.raises(ValueError, match="even number from 2 to 32"):
         RingState.empty(1, 1, 16, 16, capacity=capacity)
+
+
+def test_capacities_and_dtypes_of_another_kind_are_refused() -> None:
+    for capacity in (4.0, True):
+        with pytest.raises(TypeError, match=f"capacity is {capacity}; expected an int"):
+            RingState.empty(1, 1, 16, 16, capacity=capacity)
+    with pytest.raises(TypeError, match=r"^dtype is torch.int32; expected float64"):
+        RingState.from_state(torch.zeros(1, 1, 16, 16), dtype=torch.int32)
 
 
 def test_the_op_passes_the_checks_of_torch() -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from attention_cases import DECAYS, make_inputs
 from tolerances import OUTPUT, STATE, assert_close
+from torch import Tensor
 
-from transnormer.ops import linear_attention, linear_attention_step
+from transnormer.ops import checks, linear_attention, linear_attention_step
 
 GATED = ("token", "key")
 
@@ -128,3 +129,62 @@ def test_rows_that_share_memory_are_not_updated_in_place() -> None:
     q, state = torch.randn(2, 1, 16), torch.zeros(1, 1, 16, 16).expand(2, -1, -1, -1)
     with pytest.raises(ValueError, match="rows of their own"):
         linear_attention_step(q, q, q, None, state, inplace=True)
+
+
+def test_dims_of_size_1_may_have_any_stride() -> None:
+    q, state = torch.randn(1, 1, 16), torch.zeros(16, 16).as_strided((1, 1, 16, 16), (0, 0, 16, 1))
+    o, after = linear_attention_step(q, q, q, None, state, inplace=True)
+    assert after is state
+    assert_close(o, oracles.linear_attention(*[q[:, None]] * 3)[0][:, 0])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_empty_batch_leaves_the_pool(tokens: int) -> None:
+    q, pool = torch.randn(0, tokens, 4, 16), torch.randn(3, 4, 16, 16)
+    before, slots = pool.clone(), torch.zeros(0, dtype=torch.int32)
+    o, _ = linear_attention_step(q, q, q, None, pool, slots=slots)
+    assert o.shape == q.shape
+    assert torch.equal(pool, before)
+
+
+def test_a_slot_below_minus_1_shows_where_values_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "values_are_visible", lambda _: False)
+    q, pool = torch.randn(3, 1, 16), torch.randn(2, 1, 16, 16)
+    before, slots = pool.clone(), torch.tensor([-2, -1, 1], dtype=torch.int32)
+    o, _ = linear_attention_step(q, q, q, None, pool, slots=slots)
+    assert bool(o[0].isnan().all())
+    assert bool((o[1] == 0).all())
+    assert bool(o[2].isfinite().all())
+    assert torch.equal(pool[0], before[0])
+
+
+def test_a_pool_of_another_shape_is_named_as_one() -> None:
+    q, pool = torch.randn(2, 1, 16), torch.zeros(3, 1, 16, 12)
+    with pytest.raises(ValueError, match=r"\(num_slots 3, kv_heads 1, key_dim 16, value_dim 16\)"):
+        linear_attention_step(q, q, q, None, pool, slots=torch.tensor([0, 1], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("with_slots", [False, True], ids=["state", "pool"])
+def test_gradients_pass_through_steps_in_place(with_slots: bool) -> None:
+    inputs = make_inputs(4, state_rows=2, dtype=torch.float64)
+    slots = torch.tensor([0, 1], dtype=torch.int32) if with_slots else None
+
+    def gradients(needed: str, inplace: bool) -> tuple[Tensor, ...]:
+        arguments = inputs._asdict()
+        leaves = [arguments[name].clone().requires_grad_() for name in needed.split()]
+        arguments |= dict(zip(needed.split(), leaves, strict=True))
+        state, total = arguments.pop("initial_state").clone(), 0.0
+        where = {"slots": slots, "inplace": True} if inplace else {}
+        for _ in range(2):
+            o, state = linear_attention_step(**arguments, state=state, **where)
+            total = total + o.square().sum()
+        return torch.autograd.grad(total + state.square().sum(), leaves)
+
+    needed = "q k v log_decay" if with_slots else "q k v"
+    for x, y in zip(gradients(needed, True), gradients(needed, False), strict=True):
+        assert_close(x, y, limit=1e-11)
+    if not with_slots:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients("log_decay", True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transnormer.ops import linear_attention_step
-from transnormer.ops.linear_attention import decode_ops
+from transnormer.ops.linear_attention import decode_ops, kernel_devices
 
 triton_step = pytest.importorskip(
     "transnormer.ops.linear_attention.triton_step", exc_type=ModuleNotFoundError
@@ -133,14 +133,27 @@ def test_all_rows_skipped_touch_nothing() -> None:
     assert bool((o == 0).all())
 
 
-def test_a_slot_outside_the_pool_shows() -> None:
+@pytest.mark.parametrize("slot", [2, -2])
+def test_a_slot_outside_the_pool_shows(slot: int) -> None:
     q, k, v, log_decay, pool = on_device(*make_inputs(2, state_rows=2))
     before = pool.clone()
-    slots = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([slot, 0], dtype=torch.int32, device=DEVICE)
     o = decode_ops.step_inplace(q, k, v, log_decay, pool, slots, 1.0)
     assert bool(o[0].isnan().all())
     assert bool(o[1].isfinite().all())
     assert torch.equal(pool[1], before[1])
+
+
+def test_slots_of_any_stride_are_read() -> None:
+    q, k, v, log_decay, _ = on_device(*make_inputs(1))
+    pools = [torch.ones(4, 2, 16, 20, device=DEVICE) for _ in range(2)]
+    slots = torch.tensor([3, -1, 1, -1], dtype=torch.int32, device=DEVICE)[::2]
+    o, exact = (
+        decode_ops.step_inplace(q, k, v, log_decay, pool, x, 1.0)
+        for pool, x in zip(pools, (slots, slots.clone()), strict=True)
+    )
+    assert torch.equal(o, exact)
+    assert torch.equal(*pools)
 
 
 def test_slow_decay_does_not_drift() -> None:
@@ -198,6 +211,15 @@ def test_the_kernel_runs_on_cuda_without_gradients_only() -> None:
         state = torch.empty(2, 4, 32, 32, device="cuda")
         o, after = linear_attention_step(q, q, q, None, state)
         assert (o.shape, o.dtype, after.shape) == (q.shape, torch.bfloat16, state.shape)
+
+
+def test_the_kernel_runs_where_the_package_says_kernels_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeTensorMode():
+        q = torch.empty(2, 4, 32, device="cuda", dtype=torch.bfloat16)
+        monkeypatch.setattr(kernel_devices, "why_not", lambda device: f"{device} is too old")
+        assert not decode_ops.runs_kernel(q, q)
 
 
 def test_a_written_state_is_refused_by_a_graph_that_needs_it() -> None:

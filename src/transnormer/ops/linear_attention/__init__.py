@@ -9,7 +9,11 @@ from transnormer.ops import checks
 from transnormer.ops.dispatch import Implementation, choose
 from transnormer.ops.linear_attention.chunked import chunked_linear_attention
 from transnormer.ops.linear_attention.constant_decay import constant_decay_attention
-from transnormer.ops.linear_attention.kernel_devices import HAS_TRITON, why_not
+from transnormer.ops.linear_attention.kernel_devices import (
+    HAS_TRITON,
+    constant_when_compiled,
+    why_not,
+)
 from transnormer.ops.linear_attention.lightning1_ops import lightning1
 from transnormer.ops.linear_attention.reference import recurrence
 from transnormer.ops.linear_attention.ring import RingState, linear_attention_ring_step
@@ -44,7 +48,7 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _triton_environment(device: torch.device, named: bool) -> str | None:
     """Why Triton kernels cannot run on a device, or None where they can."""
     # The interpreter is for tests: thousands of times slower, so it is never chosen by itself.

@@ -1,16 +1,35 @@
 """Where Triton kernels can run: one rule for every op of the package."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 HAS_TRITON = find_spec("triton") is not None
 
 
-@cache
+def constant_when_compiled(function: F) -> F:
+    """Have torch.compile call a function of constants while it traces, not trace into it.
+
+    What torch.compiler.assume_constant_result does; but that imports the compiler, which takes as
+    long as importing torch.
+    """
+    function._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
+    return function
+
+
+@constant_when_compiled
 def why_not(device: torch.device) -> str | None:
     """Why kernels cannot run on tensors of a device, or None where they can."""
+    return _why_not(device)
+
+
+@cache
+def _why_not(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "the package triton is not installed; install it"
     if device.type == "meta":

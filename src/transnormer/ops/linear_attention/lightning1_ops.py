@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transnormer.ops.linear_attention.attention_ops import define_attention
-from transnormer.ops.linear_attention.kernel_devices import why_not
+from transnormer.ops.linear_attention.kernel_devices import constant_when_compiled, why_not
 from transnormer.ops.linear_attention.lightning1 import lightning1_linear_attention
 from transnormer.ops.linear_attention.sequences import from_first_to_last
 
@@ -49,7 +49,7 @@ def lightning1_attention(
     return _run(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and why_not(device) is None
 

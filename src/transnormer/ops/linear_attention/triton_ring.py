@@ -193,7 +193,7 @@ def ring_step(
     state_row, state_head, state_k, state_v = state.stride()
     ring_strides = (*keys.stride()[:3], *values.stride()[:3])
     block_k, has_slots = block_of(key_dim), slots is not None
-    slots = slots.contiguous() if has_slots else start
+    slots = start if slots is None else slots.contiguous()
     shape = {"T": tokens, "H": kv_heads, "K": key_dim, "V": value_dim, "C": capacity}
     with device_of(q):
         launch(
