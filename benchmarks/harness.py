@@ -50,9 +50,9 @@ def _cpu_name() -> str:
 
 
 def _commit(told: str | None = None) -> str:
-    """The commit of this checkout, "+changes" where files differ from it; else what was told."""
+    """What was told; else the commit of this checkout, "+changes" where files differ from it."""
     root = Path(__file__).parents[1]
-    if shutil.which("git") is None or not (root / ".git").exists():
+    if told or shutil.which("git") is None or not (root / ".git").exists():
         return told or "unknown"
 
     def git(*arguments: str) -> str:
@@ -64,7 +64,7 @@ def _commit(told: str | None = None) -> str:
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
-    """Facts that a figure means nothing without; ``commit`` is for a copy without its history."""
+    """Facts that a figure means nothing without; ``commit`` is for a copy whose history is not its own."""
     return {
         "device": _cpu_name(),
         "cores": os.cpu_count(),
