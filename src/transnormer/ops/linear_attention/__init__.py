@@ -154,7 +154,8 @@ def linear_attention(
         initial_state: state before the first token, [batch, kv_heads, key_dim, value_dim] in the
             dtype of the sums; with cu_seqlens [num_sequences, ...]. None is zero.
         cu_seqlens: bounds of packed sequences along seq, int32 or int64 [num_sequences + 1]; batch
-            is then 1. An empty sequence passes its state through.
+            is then 1. An empty sequence passes its state through. On a GPU nobody reads them
+            first: bounds that do not cover seq leave undefined outputs there.
         reverse: run from the last token of every sequence to its first.
         implementation: "auto" takes the first that can run; or "triton", "chunked" (linear time),
             "lightning1" (quadratic tiles, constant decay), "reference" (token by token).

@@ -15,9 +15,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def block_of(dim: int) -> int:
-    """The power of two that holds ``dim``, at least the 16 that a product needs."""
-    return max(16, 1 << (dim - 1).bit_length())
+def block_of(dim: int, least: int = 16) -> int:
+    """The power of two that holds ``dim``, at least the 16 that a matrix product needs."""
+    return max(least, 1 << (dim - 1).bit_length())
 
 
 class Gpu(NamedTuple):

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transnormer.ops.linear_attention.launch_config import block_of
 from transnormer.ops.linear_attention.triton_constant import power, split_decay
 from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 from transnormer.ops.linear_attention.triton_step import (
     Configuration,
-    block_of,
     configuration,
     rows_of,
 )
@@ -192,7 +192,7 @@ def ring_step(
     v, v_strides = rows_of(v)
     state_row, state_head, state_k, state_v = state.stride()
     ring_strides = (*keys.stride()[:3], *values.stride()[:3])
-    block_k, has_slots = block_of(key_dim), slots is not None
+    block_k, has_slots = block_of(key_dim, 1), slots is not None
     slots = start if slots is None else slots.contiguous()
     shape = {"T": tokens, "H": kv_heads, "K": key_dim, "V": value_dim, "C": capacity}
     with device_of(q):
@@ -202,15 +202,15 @@ def ring_step(
             slots, o, scale, state.shape[0], *q_strides, *k_strides, *v_strides,
             0 if log_decay is None else log_decay.stride(0), state_row, state_head, *ring_strides,
             STATE_K=state_k, STATE_V=state_v, G=heads // kv_heads, BLOCK_K=block_k,
-            BLOCK_V=columns, BLOCK_C=block_of(capacity), HAS_DECAY=log_decay is not None,
+            BLOCK_V=columns, BLOCK_C=block_of(capacity, 1), HAS_DECAY=log_decay is not None,
             HAS_SLOTS=has_slots, num_warps=num_warps, **shape,
         )  # fmt: skip
-        block_v = block_of(value_dim)
+        block_v = block_of(value_dim, 1)
         launch(
             append_kernel, batch,
             k, v, keys, values, start, length, slots, state.shape[0], *k_strides, *v_strides,
             *ring_strides,
-            BLOCK_H=min(block_of(kv_heads), max(8192 // max(block_k, block_v), 1)),
+            BLOCK_H=min(block_of(kv_heads, 1), max(8192 // max(block_k, block_v), 1)),
             BLOCK_K=block_k, BLOCK_V=block_v, HAS_SLOTS=has_slots, num_warps=4, **shape,
         )  # fmt: skip
     return o

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transnormer.ops.linear_attention.launch_config import block_of
 from transnormer.ops.linear_attention.triton_constant import split_decay
 from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 
@@ -31,12 +32,6 @@ class Configuration(NamedTuple):
     num_warps: int
 
 
-@functools.cache
-def block_of(size: int) -> int:
-    """The power of two that a tile needs for so many entries."""
-    return 1 << (size - 1).bit_length()
-
-
 @functools.lru_cache(maxsize=1024)
 def configuration(key_dim: int, value_dim: int, states: int) -> Configuration:
     """The cut for ``states`` = batch * kv_heads states of [key_dim, value_dim].
@@ -48,8 +43,8 @@ def configuration(key_dim: int, value_dim: int, states: int) -> Configuration:
     columns 382, 16 columns 422. Where so few states exist that the chip would idle, programs get
     narrower, down to one 32-byte sector a row.
     """
-    rows = block_of(key_dim)
-    columns = min(max(8192 // rows, 32), max(block_of(value_dim), 8))
+    rows = block_of(key_dim, 1)
+    columns = min(max(8192 // rows, 32), max(block_of(value_dim, 1), 8))
     while columns > 8 and states * triton.cdiv(value_dim, columns) < 132:
         columns //= 2
     return Configuration(columns, min(max(rows * columns // 1024, 1), 8))
@@ -200,7 +195,7 @@ def step(
             *q_strides, *k_strides, *v_strides, *gates, state_row, state_head, new_row, new_head,
             STATE_K=state_k, STATE_V=state_v, NEW_K=new_k, NEW_V=new_v,
             T=1 if single else lead[1], H=kv_heads, G=heads // kv_heads, K=key_dim, V=value_dim,
-            BLOCK_K=block_of(key_dim), BLOCK_V=columns, DECAY=decay, HAS_SLOTS=slots is not None,
+            BLOCK_K=block_of(key_dim, 1), BLOCK_V=columns, DECAY=decay, HAS_SLOTS=slots is not None,
             num_warps=num_warps,
         )  # fmt: skip
     return o
