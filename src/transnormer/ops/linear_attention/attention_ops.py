@@ -4,7 +4,7 @@ What torch has to know (schema, shapes, gradients) needs no Triton; a form adds 
 """
 
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -43,19 +43,29 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def define_attention(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Define ``transnormer::name`` and ``transnormer::name_backward``; return the first.
+def define_attention(name: str, launches: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Define ``transnormer::name`` and ``transnormer::name_backward``; return the first's caller.
+
+    The caller has the arguments of ``linear_attention``. Products take the inputs' dtype (float32:
+    three tf32 products, IEEE accuracy) and sum in float32; states are float32 and are rounded to
+    the inputs' dtype only inside products. A second derivative raises NotImplementedError.
 
     Args:
         name: of the op.
-        forward: (q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse) -> (o,
-            final_state), as ``linear_attention``'s.
-        backward: (grad_o, grad_final or None, the inputs of forward, with_decay, with_state) ->
-            gradients of q, k, v, log_decay, initial_state; the last two are empty, in q's dtype
-            and in float32, where they are not asked for.
+        launches: the module beside this one that is imported when the op first runs. Its
+            ``forward`` takes (q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse) and
+            returns (o, final_state); its ``backward`` takes (grad_o, grad_final or None, the
+            inputs of forward, with_decay, with_state) and returns the gradients of q, k, v,
+            log_decay, initial_state, the last two empty, in q's dtype and in float32, where they
+            are not asked for.
     """
+
+    def forward(*args):
+        return import_module(f"{__package__}.{launches}").forward(*args)
+
+    def backward(*args):
+        return import_module(f"{__package__}.{launches}").backward(*args)
+
     # By schema instead of by torch.library.custom_op, whose checks cost 10 us a call.
     _LIBRARY.define(f"{name}({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
     _LIBRARY.define(
@@ -92,4 +102,18 @@ def define_attention(
 
     torch.library.register_autograd(f"transnormer::{name}", gradients, setup_context=_setup_context)
     torch.library.register_autograd(f"transnormer::{name}_backward", no_second)
-    return run
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        *,
+        scale: float,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return run(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse)
+
+    return attention

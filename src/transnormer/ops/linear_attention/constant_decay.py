@@ -52,35 +52,4 @@ def plan(k: Tensor, heads: int, cu_seqlens: Tensor | None) -> Plan:
     return Plan(batch * segments, -(-seq // step) * 64 * launch_config.PIECES, segments, True)
 
 
-def _forward(*args):
-    from transnormer.ops.linear_attention import triton_launch
-
-    return triton_launch.forward(*args)
-
-
-def _backward(*args):
-    from transnormer.ops.linear_attention import triton_launch
-
-    return triton_launch.backward(*args)
-
-
-_run = define_attention("constant_decay_attention", _forward, _backward)
-
-
-def constant_decay_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    *,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Linear attention by the Triton kernels; arguments as ``linear_attention``'s.
-
-    Products take the inputs' dtype (float32: three tf32 products, IEEE accuracy) and sum in
-    float32; states are float32 and are rounded to the inputs' dtype only inside products.
-    """
-    return _run(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse)
+constant_decay_attention = define_attention("constant_decay_attention", "triton_launch")

@@ -15,38 +15,7 @@ from transnormer.ops.linear_attention.sequences import from_first_to_last
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _forward(*args):
-    from transnormer.ops.linear_attention import triton_lightning1_launch
-
-    return triton_lightning1_launch.forward(*args)
-
-
-def _backward(*args):
-    from transnormer.ops.linear_attention import triton_lightning1_launch
-
-    return triton_lightning1_launch.backward(*args)
-
-
-_run = define_attention("lightning1_attention", _forward, _backward)
-
-
-def lightning1_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    *,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Quadratic tiles by the Triton kernels; arguments as ``linear_attention``'s.
-
-    Products take the inputs' dtype (float32: three tf32 products, IEEE accuracy) and sum in
-    float32; states are float32 and are rounded to the inputs' dtype only inside products.
-    """
-    return _run(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse)
+lightning1_attention = define_attention("lightning1_attention", "triton_lightning1_launch")
 
 
 @constant_when_compiled

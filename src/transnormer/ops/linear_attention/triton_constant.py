@@ -15,12 +15,12 @@ chunk, position i of it counting from 0:
 A sweep holds S transposed, [value, key]: products with S are then wgmma operations whose
 register operand is S itself, and nothing that was computed has to be transposed.
 
-The backward pass is the same sweep with the roles exchanged, all in one launch (with G = O's
-gradient; the second and third run against the order of the first, shift 1, since the gradient of a
-state that leaves the sequence is not decayed by the token before it):
+The backward pass is the same sweep with the roles exchanged, all in one launch. The second and
+third run against the order of the first, with shift 1, since the gradient of a state that leaves
+the sequence is not decayed by the token before it:
 
-    dQ: (G, V, K) in the order of the forward pass, on the forward state;
-    dK: (V, G, Q) and dV: (K, Q, G) in the opposite order, on the gradient of the state.
+    dQ: (dO, V, K) in the order of the forward pass, on the forward state;
+    dK: (V, dO, Q) and dV: (K, Q, dO) in the opposite order, on the gradient of the state.
 
 Legend: H query heads, G query heads a kv head, T tokens of a batch row, L tokens a segment, C
 tokens a chunk, D key dim and E value dim of a sweep; BD, BE their tile sizes.

@@ -21,12 +21,12 @@ from transnormer.ops.linear_attention.triton_runtime import (
     block,
     device_of,
     launch,
+    sum_groups,
     walkable,
 )
-from transnormer.ops.linear_attention.triton_units import unit_table_kernel
+from transnormer.ops.linear_attention.triton_units import unit_table
 
 _CARRY_BLOCK = 1024
-_TABLE_BLOCK = 1024
 
 
 class Call:
@@ -52,13 +52,7 @@ class Call:
         self.table = self.first_unit = None
         if cu_seqlens is not None:
             self.sequences = cu_seqlens.shape[0] - 1
-            units = self.plan.units
-            self.table = torch.empty(units, 4, dtype=torch.int64, device=k.device)
-            self.first_unit = torch.empty(self.sequences + 1, dtype=torch.int64, device=k.device)
-            launch(
-                unit_table_kernel, self.sequences + 1, cu_seqlens, self.table, self.first_unit,
-                self.sequences, self.seq, self.plan.length, units, BLOCK=_TABLE_BLOCK,
-            )  # fmt: skip
+            self.table, self.first_unit = unit_table(cu_seqlens, self.seq, self.plan.length)
         self.arithmetic = arithmetic(q.dtype)
 
     @property
@@ -189,11 +183,9 @@ def backward(
         d_decay = q.new_empty(0)
         if with_decay and log_decay is not None:
             d_decay = decay_gradient(call, log_decay, do, entry, grad_entry)
-    if call.groups > 1:
-        # Autocast, where it is on, would return float32.
-        dk, dv = (x.unflatten(2, (call.kv_heads, -1)).sum(3, dtype=x.dtype) for x in (dk, dv))
-        if with_initial:
-            d_initial = d_initial.unflatten(1, (call.kv_heads, -1)).sum(2)
+    dk, dv = sum_groups(dk, 2, call.kv_heads), sum_groups(dv, 2, call.kv_heads)
+    if with_initial:
+        d_initial = sum_groups(d_initial, 1, call.kv_heads)
     return dq, dk, dv, d_decay, d_initial
 
 

@@ -22,11 +22,10 @@ from transnormer.ops.linear_attention.triton_runtime import (
     block,
     device_of,
     launch,
+    sum_groups,
     walkable,
 )
-from transnormer.ops.linear_attention.triton_units import unit_table_kernel
-
-_TABLE_BLOCK = 1024
+from transnormer.ops.linear_attention.triton_units import unit_table
 
 
 class _Tiles(NamedTuple):
@@ -88,13 +87,8 @@ class _Call:
         if self.cu_seqlens is None:
             segments = -(-self.seq // tile)
             return None, self.batch * segments, segments
-        units = self.sequences + self.seq // tile
-        table = torch.empty(units, 4, dtype=torch.int64, device=self.cu_seqlens.device)
-        launch(
-            unit_table_kernel, self.sequences + 1, self.cu_seqlens, table,
-            table.new_empty(self.sequences + 1), self.sequences, self.seq, tile, units, BLOCK=_TABLE_BLOCK,
-        )  # fmt: skip
-        return table, units, 0
+        table, _ = unit_table(self.cu_seqlens, self.seq, tile)
+        return table, table.shape[0], 0
 
     def product(
         self,
@@ -209,9 +203,8 @@ def backward(
             entry = triton_launch.entry_of(chunked.states(initial_state), initial_state)
             grad_entry = triton_launch.entry_of(chunked.grad_states(do, d_final), d_final)
             d_decay = triton_launch.decay_gradient(chunked, log_decay, do, entry, grad_entry)
-    if call.groups > 1:
-        # Autocast, where it is on, would return float32.
-        dk, dv = (x.unflatten(2, (-1, call.groups)).sum(3, dtype=x.dtype) for x in (dk, dv))
-        if with_initial:
-            d_initial = d_initial.unflatten(1, (-1, call.groups)).sum(2)
+    kv_heads = k.shape[2]
+    dk, dv = sum_groups(dk, 2, kv_heads), sum_groups(dv, 2, kv_heads)
+    if with_initial:
+        d_initial = sum_groups(d_initial, 1, kv_heads)
     return dq, dk, dv, d_decay, d_initial

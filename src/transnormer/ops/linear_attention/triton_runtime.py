@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -44,38 +43,19 @@ def block(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
-_compiled: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
+def sum_groups(x: Tensor, dim: int, kv_heads: int) -> Tensor:
+    """x with its query heads, along dim, summed over those of each kv head, in x's dtype.
 
-
-def _form(x: Any) -> Any:
-    """What Triton compiles differently for: dtype and alignment, or the kind of an integer."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16
-    if isinstance(x, int):
-        return x == 1, x % 16 == 0, x >= 2**31
-    return x is None
+    The sum is formed in float32 or wider; autocast, where it is on, would also return that.
+    """
+    if x.shape[dim] == kv_heads:
+        return x
+    return x.unflatten(dim, (kv_heads, -1)).sum(dim + 1, dtype=x.dtype)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Run a kernel with so many programs; a grid's first axis alone holds 2^31 of them.
 
-    A compiled kernel is kept by what Triton would tell it apart by, and then called directly:
-    Triton's own look-up costs more than the rest of a launch, since it inspects each argument anew.
-
-    Args:
-        kernel: a function under ``triton.jit``.
-        programs: size of the grid.
-        arguments: those known at run time, the first one a tensor, in the order of the signature.
-        constants: all constexpr arguments by name, and options such as num_warps.
+    ``constants`` are its constexpr arguments and options such as num_warps.
     """
-    key = (id(kernel), arguments[0].device, *map(_form, arguments), *constants.items())
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[(programs,)](*arguments, **constants)
-        if isinstance(compiled, CompiledKernel):
-            if any(parameter.is_constexpr for parameter in kernel.params[: len(arguments)]):
-                raise TypeError(f"{kernel.__name__} was given a constexpr argument by position")
-            _compiled[key] = compiled, kernel.arg_names[len(arguments) :]
-        return
-    compiled, names = found
-    compiled[(programs, 1, 1)](*arguments, *[constants[name] for name in names])
+    kernel[(programs,)](*arguments, **constants)

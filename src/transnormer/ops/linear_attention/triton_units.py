@@ -7,8 +7,14 @@ bound, and a kernel writes the table of units, in which those beyond the last ha
 Legend: T tokens of a row, L tokens a segment, N sequences.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from transnormer.ops.linear_attention.triton_runtime import launch
+
+_BLOCK = 1024
 
 
 @triton.jit
@@ -78,3 +84,19 @@ def find_unit(unit, table, T, L, SEGMENTS, PACKED: tl.constexpr):
         last = segment == SEGMENTS - 1
         row = sequence
     return sequence, row, start, length, first, last
+
+
+def unit_table(cu_seqlens: Tensor, seq: int, length: int) -> tuple[Tensor, Tensor]:
+    """The table of units of at most ``length`` tokens, int64 [units, 4], and first_unit [N + 1].
+
+    units = N + seq // length, the most that N sequences of seq tokens together can have.
+    """
+    sequences = cu_seqlens.shape[0] - 1
+    units = sequences + seq // length
+    table = torch.empty(units, 4, dtype=torch.int64, device=cu_seqlens.device)
+    first_unit = table.new_empty(sequences + 1)
+    launch(
+        unit_table_kernel, sequences + 1, cu_seqlens, table, first_unit, sequences, seq, length,
+        units, BLOCK=_BLOCK,
+    )  # fmt: skip
+    return table, first_unit
