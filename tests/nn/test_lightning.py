@@ -38,7 +38,7 @@ def test_released_form_matches_the_formula(layer_index: int, lrpe: bool) -> None
     )
     assert_close(y, exact)
     assert_close(state, exact_state)
-    assert state.shape == mixer.state_shape(2)
+    assert state.shape == mixer.empty_state(2).shape
 
 
 def test_state_is_float32_under_bfloat16_weights() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from transnormer.models import inputs
 from transnormer.models.state import DecoderState
 from transnormer.nn.channel_mixers import ChannelMixerConfig
 from transnormer.nn.norms import NormConfig
-from transnormer.nn.token_mixers import TokenMixerConfig
+from transnormer.nn.state import LayerState
+from transnormer.nn.token_mixers import TokenMixer, TokenMixerConfig
 from transnormer.ops import linear_cross_entropy
 from transnormer.ops.checks import check_tensor
 from transnormer.ops.cross_entropy import IGNORE_INDEX
@@ -27,14 +28,14 @@ class BlockConfig(Config):
     """One block: x = x + token_mixer(norm(x)); x = x + channel_mixer(norm(x)).
 
     Attributes:
-        norm: of both residual branches.
+        norm: of both residual branches; None leaves it out.
         token_mixer: tagged by its ``kind``.
-        channel_mixer: tagged by its ``kind``.
+        channel_mixer: tagged by its ``kind``; None leaves the second branch out.
     """
 
-    norm: NormConfig = NormConfig()
+    norm: NormConfig | None = NormConfig()
     token_mixer: TokenMixerConfig
-    channel_mixer: ChannelMixerConfig
+    channel_mixer: ChannelMixerConfig | None
 
 
 class DecoderConfig(Config):
@@ -85,15 +86,19 @@ class DecoderOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm block with two residual branches."""
 
+    token_mixer: TokenMixer
+
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
         block, dim = config.blocks[layer_index], config.model_dim
-        self.token_norm = block.norm.build(dim)
+        self.token_norm = block.norm.build(dim) if block.norm else nn.Identity()
         self.token_mixer = block.token_mixer.build(
             dim, layer_index, len(config.blocks), causal=config.causal
         )
-        self.channel_norm = block.norm.build(dim)
-        self.channel_mixer = block.channel_mixer.build(dim)
+        self.channel_mixer = None
+        if block.channel_mixer is not None:
+            self.channel_norm = block.norm.build(dim) if block.norm else nn.Identity()
+            self.channel_mixer = block.channel_mixer.build(dim)
         self.dropout = config.dropout
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -106,13 +111,32 @@ class Block(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor | None,
         mask: Tensor | None,
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        state: LayerState | None,
+        shared: Any = None,
+    ) -> tuple[Tensor, LayerState | None]:
         y, state = self.token_mixer(
-            self.token_norm(x), positions=positions, cu_seqlens=cu_seqlens, mask=mask, state=state
+            self.token_norm(x),
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            state=state,
+            shared=shared,
         )
         x = x + self._drop(y)
-        return x + self._drop(self.channel_mixer(self.channel_norm(x))), state
+        if self.channel_mixer is not None:
+            x = x + self._drop(self.channel_mixer(self.channel_norm(x)))
+        return x, state
+
+
+def _shared_parts(config: DecoderConfig) -> nn.ModuleDict:
+    """What layers of one kind share, built once, by kind."""
+    parts: dict[str, nn.Module] = {}
+    for block in config.blocks:
+        mixer = block.token_mixer
+        part = mixer.build_shared(config.model_dim, len(config.blocks))
+        if part is not None and mixer.kind not in parts:
+            parts[mixer.kind] = part
+    return nn.ModuleDict(parts)
 
 
 class Decoder(nn.Module):
@@ -128,6 +152,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
         if config.max_positions:
             self.position_embedding = nn.Embedding(config.max_positions, config.model_dim)
+        self.shared = _shared_parts(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(len(config.blocks)))
         self.final_norm = config.final_norm.build(config.model_dim)
         if not config.tie_embeddings:
@@ -140,6 +165,7 @@ class Decoder(nn.Module):
 
         Projections and embeddings N(0, init_std^2), biases 0, the pad row 0, as the released code.
         """
+        others = []
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -147,7 +173,10 @@ class Decoder(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif module is not self and callable(reset):
-                reset()
+                others.append(reset)
+        # After the projections: a mixer with an initialisation of its own overrides the common one.
+        for reset in others:
+            reset()
         if self.config.pad_token_id is not None:
             self.embedding.weight[self.config.pad_token_id].zero_()
 
@@ -179,6 +208,7 @@ class Decoder(nn.Module):
             x = x + self.position_embedding(where)
         x = F.dropout(x, config.dropout, self.training)
         layers = []
+        shared = {kind: part() for kind, part in self.shared.items()}
         for i, block in enumerate(self.blocks):
             x, layer = block(
                 x,
@@ -186,6 +216,7 @@ class Decoder(nn.Module):
                 cu_seqlens=cu_seqlens,
                 mask=mask,
                 state=None if state is None else state.layers[i],
+                shared=shared.get(config.blocks[i].token_mixer.kind),
             )
             layers.append(layer)
         x = self.final_norm(x)
@@ -262,6 +293,29 @@ class Decoder(nn.Module):
         if reduction == "sum":
             return losses.sum()
         return losses.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+    def empty_state(self, rows: int, *, device: torch.device | str | None = None) -> DecoderState:
+        """The state of ``rows`` sequences before their first token; as good as None.
+
+        Args:
+            rows: sequences.
+            device: None is the model's; "meta" gives shapes without memory.
+
+        Raises:
+            NotImplementedError: a bidirectional model, which has no state.
+        """
+        if not self.config.causal:
+            raise NotImplementedError("a bidirectional model (causal=False) has no state")
+        weight = self.embedding.weight
+        device = weight.device if device is None else device
+        return DecoderState(
+            tuple(
+                module.token_mixer.empty_state(rows, dtype=weight.dtype, device=device)
+                for module in self.modules()
+                if isinstance(module, Block)
+            ),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+        )
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Parameters, a tied head counted once; without embeddings and head if asked."""

@@ -12,6 +12,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from transnormer.files import write_atomic
+from transnormer.nn.state import from_named_tensors, map_tensors, named_tensors
 
 _FORMAT = "transnormer-state-1"
 
@@ -26,23 +27,25 @@ class DecoderState(NamedTuple):
     """States of all layers, and where each row stands.
 
     Attributes:
-        layers: one state a layer, [rows, heads, key_dim, value_dim] float32 (float64 for a float64
-            model).
+        layers: one state a layer: a recurrent one is [rows, heads, key_dim, value_dim] in float32
+            (float64 for a float64 model), other mixers' are a NamedTuple of tensors (softmax's a
+            ``KVState``); the first dim of each tensor is the rows.
         positions: position of the next token, int64 [rows].
     """
 
-    layers: tuple[Tensor, ...]
+    layers: tuple[Any, ...]
     positions: Tensor
 
     def clone(self) -> Self:
         """A copy that shares nothing; gradients flow through it."""
         return self._replace(
-            layers=tuple(x.clone() for x in self.layers), positions=self.positions.clone()
+            layers=tuple(map_tensors(Tensor.clone, x) for x in self.layers),
+            positions=self.positions.clone(),
         )
 
     def detach(self) -> Self:
         """The same values without their history."""
-        return self._replace(layers=tuple(x.detach() for x in self.layers))
+        return self._replace(layers=tuple(map_tensors(Tensor.detach, x) for x in self.layers))
 
     def to(self, device: torch.device | str) -> Self:
         """The state on another device; its dtypes do not change.
@@ -53,7 +56,8 @@ class DecoderState(NamedTuple):
         if not isinstance(device, str | torch.device):
             raise TypeError(f"device is {device!r}; expected a device; a state keeps its dtype")
         return self._replace(
-            layers=tuple(x.to(device) for x in self.layers), positions=self.positions.to(device)
+            layers=tuple(map_tensors(lambda t: t.to(device), x) for x in self.layers),
+            positions=self.positions.to(device),
         )
 
     def select(self, rows: Sequence[int] | Tensor) -> Self:
@@ -74,7 +78,7 @@ class DecoderState(NamedTuple):
         if index.device.type == "cpu" and bool(((index < 0) | (index >= count)).any()):
             raise ValueError(f"rows is {index.tolist()}; expected indices from 0 to {count - 1}")
         return self._replace(
-            layers=tuple(x.index_select(0, index) for x in self.layers),
+            layers=tuple(map_tensors(lambda t: t.index_select(0, index), x) for x in self.layers),
             positions=self.positions.index_select(0, index),
         )
 
@@ -85,7 +89,9 @@ class DecoderState(NamedTuple):
             OSError: the file cannot be written; a file that was there before is intact.
         """
         tensors: dict[str, Tensor] = {
-            f"layers.{i}": x.detach().cpu().contiguous() for i, x in enumerate(self.layers)
+            name: x.detach().cpu().contiguous()
+            for i, layer in enumerate(self.layers)
+            for name, x in named_tensors(f"layers.{i}", layer).items()
         }
         tensors["positions"] = self.positions.cpu()
         metadata = {
@@ -122,7 +128,12 @@ class DecoderState(NamedTuple):
                 f"expected {fingerprint[:12]}, the fingerprint of this model; load the model that "
                 "saved it, in the same dtype"
             )
-        names = [f"layers.{i}" for i in range(len(tensors) - 1)]
+        empty = model.empty_state(0, device="meta")
+        names = [
+            name
+            for i, layer in enumerate(empty.layers)
+            for name in named_tensors(f"layers.{i}", layer)
+        ]
         tokens = ",".join(str(n) for n in tensors.get("positions", torch.tensor([])).tolist())
         whole = set(tensors) == {*names, "positions"} and tokens == metadata.get("tokens")
         if not whole or _digest(tensors) != metadata.get("sha256"):
@@ -131,7 +142,11 @@ class DecoderState(NamedTuple):
                 "expected the file as it was written; save the state again"
             )
         device = next(model.parameters()).device
-        return cls(tuple(tensors[name] for name in names), tensors["positions"]).to(device)
+        layers = tuple(
+            from_named_tensors(f"layers.{i}", tensors, layer)
+            for i, layer in enumerate(empty.layers)
+        )
+        return cls(layers, tensors["positions"]).to(device)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from transnormer.nn.precision import KeepPrecision
+from transnormer.nn.rotary import turns
 from transnormer.ops.checks import accumulation_dtype
 
 
@@ -52,9 +53,8 @@ class Lrpe(KeepPrecision):
         self.theta.copy_(theta.view(self.heads, 1, self.head_dim))
 
     def angles(self, positions: Tensor) -> Tensor:
-        """position x theta mod 2 pi, [batch, seq, heads, head_dim] from int64 [batch, seq]."""
-        turns = positions.to(torch.float64)[..., None, None] * self.theta[:, 0].to(torch.float64)
-        return torch.remainder(turns, 2.0 * math.pi).to(accumulation_dtype(self.theta.dtype))
+        """position x theta mod 2 pi, [batch or 1, seq, heads, head_dim]; see ``turns``."""
+        return turns(positions, self.theta[:, 0], accumulation_dtype(self.theta.dtype))
 
     def forward(self, x: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, ...]:
         """Encode each of x, [batch, seq, heads, head_dim] -> [batch, seq, heads, 2 * head_dim]."""

@@ -1,7 +1,7 @@
 """Modules whose numbers must not be rounded when a model is cast."""
 
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class KeepPrecision(nn.Module):
     whole turns and its weight by factors.
     """
 
-    lowest: ClassVar[torch.dtype] = torch.float32
+    lowest: torch.dtype = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep(x: Tensor) -> Tensor:

@@ -309,11 +309,13 @@ def _fields_of(config: DecoderConfig) -> ReleasedConfig:
             mixer = getattr(block, part)
             if not isinstance(mixer, kind):
                 raise NotImplementedError(
-                    f"config.blocks[{index}].{part}.kind is {mixer.kind!r}; {_KINDS[part]}; "
+                    f"config.blocks[{index}].{part}.kind is {getattr(mixer, 'kind', None)!r}; "
+                    f"{_KINDS[part]}; "
                     "save with layout='transnormer'"
                 )
     first = config.blocks[0]
     token_mixer, channel_mixer = first.token_mixer, first.channel_mixer
+    assert isinstance(channel_mixer, GluConfig)
     return ReleasedConfig(
         vocab_size=config.vocab_size,
         decoder_embed_dim=config.model_dim,

@@ -31,17 +31,14 @@ def _rebuild(
 
 
 def _channels(**update: object) -> _Change:
-    def change(config: DecoderConfig) -> DecoderConfig:
-        return _rebuild(
-            config,
-            lambda block: {
-                "channel_mixer": GluConfig.model_validate(
-                    {**block.channel_mixer.model_dump(), **update}
-                )
-            },
-        )
+    """Change fields of every channel mixer."""
 
-    return change
+    def changed(block: BlockConfig) -> dict[str, object]:
+        assert isinstance(block.channel_mixer, GluConfig)
+        fields = {**block.channel_mixer.model_dump(), **update}
+        return {"channel_mixer": GluConfig.model_validate(fields)}
+
+    return lambda config: _rebuild(config, changed)
 
 
 def _norms(kind: str) -> _Change:

@@ -1,12 +1,13 @@
 """Token mixers: parts that move information along the sequence.
 
-Each takes ``forward(x, *, positions, cu_seqlens, mask, state, shape, shared) -> (y, state)``.
+Each is one file with a configuration (``kind`` is its tag) and a module; ``base`` says what they
+have in common.
 """
 
+from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.nn.token_mixers.lightning import Lightning, LightningConfig
 
-# The union of all mixers' configurations; ``kind`` tells them apart. One member so far.
+# The union of all mixers' configurations; ``kind`` tells them apart.
 TokenMixerConfig = LightningConfig
-TokenMixer = Lightning
 
-__all__ = ["Lightning", "LightningConfig", "TokenMixer", "TokenMixerConfig"]
+__all__ = ["Lightning", "LightningConfig", "TokenMixer", "TokenMixerBase", "TokenMixerConfig"]

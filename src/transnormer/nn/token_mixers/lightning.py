@@ -1,22 +1,23 @@
 """Gated linear attention with constant decay: the token mixer of TransNormerLLM and its variants."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from transnormer.config import Config
 from transnormer.nn.activations import Activation, activation
 from transnormer.nn.core import LinearAttentionCore
 from transnormer.nn.norms import NormConfig
 from transnormer.nn.positions import Lrpe
 from transnormer.nn.precision import KeepPrecision
+from transnormer.nn.state import zeros
+from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.ops.checks import accumulation_dtype
 from transnormer.ops.decay import DecayRule, tnl_log_decay
 
 
-class LightningConfig(Config):
+class LightningConfig(TokenMixerBase):
     """Lightning attention; the defaults are the released TransNormerLLM's layers after the first.
 
     Attributes:
@@ -62,7 +63,7 @@ class LightningConfig(Config):
 class ConstantLogDecay(KeepPrecision):
     """The log decays of one layer's heads, [heads], kept in float64 and never trained."""
 
-    lowest: ClassVar[torch.dtype] = torch.float64
+    lowest = torch.float64
     log_decay: Tensor
 
     def __init__(self, config: LightningConfig, layer_index: int, num_layers: int) -> None:
@@ -91,7 +92,7 @@ class ConstantLogDecay(KeepPrecision):
         return self.log_decay.to(accumulation_dtype(dtype))
 
 
-class Lightning(nn.Module):
+class Lightning(TokenMixer):
     """One layer's gated linear attention (GLA).
 
     q, k, v, u = x W_qkvu;  q, k = lrpe(silu(q)), lrpe(silu(k));  S_t = exp(g) S_{t-1} + k_t v_t^T;
@@ -148,20 +149,6 @@ class Lightning(nn.Module):
         shape: tuple[int, ...] | None = None,
         shared: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix x along seq.
-
-        Args:
-            x: [batch, seq, model_dim].
-            positions: int64 [batch, seq].
-            cu_seqlens: bounds of packed sequences; batch is then 1.
-            mask: bool [batch, seq]; a False token leaves no trace in the state.
-            state: [batch or num_sequences, heads, key_dim, value_dim], or None at the start.
-            shape: extent of a multi-dimensional input; ignored, this mixer sees a sequence.
-            shared: parts that layers share; none here.
-
-        Returns:
-            y, [batch, seq, model_dim], and the state after the last token.
-        """
         config = self.config
         # The local head count is inferred, so that a slice of the heads runs unchanged.
         parts = self.qkvu_proj(x).chunk(4 if config.gate == "full" else 3, -1)
@@ -179,6 +166,12 @@ class Lightning(nn.Module):
             o = self.norm(o) if gate is None else self.norm(o) * gate
         return self.out_proj(o), state
 
-    def state_shape(self, rows: int) -> tuple[int, int, int, int]:
-        """Shape of the state of that many sequences."""
-        return (rows, self.config.heads, self.key_dim, self.value_dim)
+    def empty_state(
+        self,
+        rows: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        shape = (rows, self.config.heads, self.key_dim, self.value_dim)
+        return zeros(*shape, dtype=dtype, device=device)

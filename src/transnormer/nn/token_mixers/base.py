@@ -1,0 +1,83 @@
+"""What all token mixers have in common: the base of their configurations and of their modules."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transnormer.config import Config
+from transnormer.nn.state import LayerState
+
+
+class TokenMixerBase(Config):
+    """Base of the mixers' configurations; each adds ``kind``, its tag in the union."""
+
+    def build(
+        self, model_dim: int, layer_index: int, num_layers: int, *, causal: bool
+    ) -> "TokenMixer":
+        """The module of layer ``layer_index`` (from 0) of ``num_layers``.
+
+        Raises:
+            ValueError: sizes that do not fit each other.
+            NotImplementedError: causal=False and the mixer has no bidirectional form.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no build")
+
+    def build_shared(self, model_dim: int, num_layers: int) -> nn.Module | None:
+        """What the layers of this kind share, built once by the decoder; None for nothing.
+
+        Its ``forward()``, without arguments, runs once a forward pass of the model; every mixer of
+        the kind gets the result as ``shared``.
+        """
+        return None
+
+
+class TokenMixer(nn.Module, ABC):
+    """Base of the modules that move information along the sequence."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        state: Any = None,
+        shape: tuple[int, ...] | None = None,
+        shared: Any = None,
+    ) -> tuple[Tensor, Any]:
+        """Mix x along seq.
+
+        Args:
+            x: [batch, seq, model_dim].
+            positions: int64 [batch, seq].
+            cu_seqlens: bounds of packed sequences; batch is then 1.
+            mask: bool [batch, seq]; a False token leaves no trace in the state, and its own output
+                means nothing.
+            state: what an earlier call returned, rows [batch or num_sequences]; None at the start.
+                Never modified.
+            shape: extents of a multi-dimensional input, whose product is seq; None is a sequence.
+            shared: the result of the kind's shared part, see ``TokenMixerBase.build_shared``.
+
+        Returns:
+            y, [batch, seq, model_dim], and the state after the last token (None where the mixer is
+            not causal).
+        """
+
+    @abstractmethod
+    def empty_state(
+        self,
+        rows: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> LayerState:
+        """The state of ``rows`` sequences before their first token; as good as None.
+
+        Args:
+            rows: sequences.
+            dtype: of the activations (recurrent states are float32, float64 for float64).
+            device: "meta" gives shapes without memory.
+        """
