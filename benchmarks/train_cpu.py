@@ -14,8 +14,13 @@ import torch
 
 from transnormer import load
 from transnormer.eval.perplexity import score_texts
-from transnormer.train import read_run, run_training
-from transnormer.train.metrics import EvaluationReport, StepReport
+from transnormer.train import (
+    EvaluationReport,
+    HeldoutReport,
+    StepReport,
+    read_run,
+    run_training,
+)
 
 
 class Lines:
@@ -30,8 +35,8 @@ class Lines:
                 f"step {report.step}/{steps}  {report.tokens_per_second:,.0f} tokens/s", flush=True
             )
 
-    def evaluation(self, report: EvaluationReport) -> None:
-        print(f"step {report.step}  held-out {report.bits_per_byte:.4f} bits per byte", flush=True)
+    def evaluation(self, report: HeldoutReport) -> None:
+        print(f"step {report.step}  held-out {report.describe()}", flush=True)
 
 
 def main() -> None:
@@ -45,8 +50,8 @@ def main() -> None:
     facts["command"] = f"python benchmarks/train_cpu.py {arguments.recipe}"
     config = read_run(arguments.recipe, [*arguments.overrides, "train.eval_bytes=0"])
     done = run_training(config, evaluate=score_texts, progress=Lines())
-    assert done.first is not None
-    assert done.last is not None
+    assert isinstance(done.first, EvaluationReport)
+    assert isinstance(done.last, EvaluationReport)
     parameters = load(done.run_dir).num_parameters()
     result: dict[str, Any] = {
         "benchmark": "train_cpu",

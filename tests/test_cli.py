@@ -17,7 +17,9 @@ from train_cases import some_text
 from transnormer import files
 from transnormer.cli.app import run
 from transnormer.data import ByteTokenizer, train_bpe
-from transnormer.models import checkpoint
+from transnormer.models import checkpoint, zoo
+from transnormer.models.convert import llama
+from transnormer.models.decoder import Decoder
 
 RUN = """
 [model]
@@ -199,7 +201,36 @@ def test_info_lists_and_shows_published_sizes(capsys: pytest.CaptureFixture[str]
     assert run(["info"]) == 0
     assert "tnl-385m" in capsys.readouterr().out.splitlines()
     assert run(["info", "tnl-385m", "--json"]) == 0
-    assert last_json(capsys)["parameters"] == 398_984_192
+    facts = last_json(capsys)
+    assert facts["parameters"] == 398_984_192
+    # 24 layers of 8 heads of 128 x 128 in float32; the first layer's keys are doubled.
+    assert (facts["state_bytes"], facts["state_bytes_per_token"]) == (25 * 8 * 128 * 128 * 4, 0)
+
+
+def test_info_tells_states_that_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "hybrid-410m", "--json"]) == 0
+    facts = last_json(capsys)
+    assert facts["token_mixers"] == "lightning, softmax"
+    assert facts["state_bytes"] == 21 * 8 * 128 * 128 * 4
+    # Keys, values and whether the slot counts, in each of the three softmax layers.
+    assert facts["state_bytes_per_token"] == 3 * (2 * 1024 * 4 + 1)
+
+
+def test_convert_reads_a_llama_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Decoder(
+        zoo.llama_custom(vocab_size=300, model_dim=16, num_layers=1, heads=2, glu_dim=8)
+    )
+    llama.save(model, tmp_path / "llama")
+    ByteTokenizer().save(tmp_path / "llama")
+    plain = tmp_path / "plain"
+    assert run(["convert", str(tmp_path / "llama"), str(plain), "--to", "transnormer"]) == 0
+    assert checkpoint.load(plain).fingerprint() == model.fingerprint()
+    assert run(["generate", str(plain), "--prompt", "the", "-n", "2"]) == 0
+    capsys.readouterr()
+    assert run(["convert", str(plain), str(tmp_path / "x"), "--to", "released"]) == 2
+    assert "kind is 'softmax'" in capsys.readouterr().err
 
 
 def test_tokenize_makes_what_train_reads(

@@ -80,10 +80,26 @@ LRPE_OFFSET = 1e-5
 # (spec, decision 6).
 SPLIT_CPU = 1e-5
 SPLIT_GPU = 1e-4
+# The same in float64, for every mixer.
+SPLIT_FLOAT64 = 1e-12
+# Gradients of a small model in float64, in parts or whole: sums of some thousand terms twice over.
+GRADIENT_FLOAT64 = 1e-10
+# Logits of a model of two blocks in bfloat16 (weights, activations or both) against float32 on the
+# same weights: some ten roundings of 2^-9 in a row on each path.
+BF16_MODEL = 0.03
 
 # A float64 model against the float64 oracle: slopes are rounded to float32 (5e-8 on the logits).
 DECODER_FLOAT64 = 1e-6
 DECODER_FLOAT32 = 1e-5
+
+# torchscale's RetNet, whose scores are divided by their sizes, against the plain recurrence after the
+# norm of each head: with eps 0 only rounding is left; eps 1e-6 weighs more where outputs are tiny.
+RETNET_NORMALISED = {torch.float64: 1e-12, torch.float32: 1e-4}
+# Forget gates in float32, elementwise relative errors: two functions of one rounding each, and the
+# rounding of their argument where the bound is near 1.
+FORGET_GATE = 16 * EPS[torch.float32]
+# Naive float32 loops of another package against float32: both round once a token, some 100 tokens.
+PEER_LOOP = 2e-6
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -126,3 +142,7 @@ def assert_close(
     elif limit is None:
         limit = OUTPUT[actual.dtype]
     assert error <= limit, f"{name}: relative error {error:.3g} exceeds {limit:.3g}"
+
+# eos in float32 against float64: up to 256 steps of the recurrence, or an FFT, which rounds relative
+# to the largest value of a row (12 eps seen).
+EOS_FLOAT32 = 32 * EPS[torch.float32]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transnormer.infer.generate import Generation, generate
     from transnormer.models import zoo
-    from transnormer.models.checkpoint import load, save
+    from transnormer.models.checkpoint import load, load_classifier, save
+    from transnormer.models.classifier import ClassifierConfig, SequenceClassifier
     from transnormer.models.decoder import BlockConfig, Decoder, DecoderConfig, DecoderOutput
     from transnormer.models.state import DecoderState
 
@@ -17,26 +18,32 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "BlockConfig": "transnormer.models.decoder",
+    "ClassifierConfig": "transnormer.models.classifier",
     "Decoder": "transnormer.models.decoder",
     "DecoderConfig": "transnormer.models.decoder",
     "DecoderOutput": "transnormer.models.decoder",
     "DecoderState": "transnormer.models.state",
     "Generation": "transnormer.infer.generate",
+    "SequenceClassifier": "transnormer.models.classifier",
     "generate": "transnormer.infer.generate",
     "load": "transnormer.models.checkpoint",
+    "load_classifier": "transnormer.models.checkpoint",
     "save": "transnormer.models.checkpoint",
     "zoo": "transnormer.models",
 }
 
 __all__ = [
     "BlockConfig",
+    "ClassifierConfig",
     "Decoder",
     "DecoderConfig",
     "DecoderOutput",
     "DecoderState",
     "Generation",
+    "SequenceClassifier",
     "generate",
     "load",
+    "load_classifier",
     "save",
     "zoo",
 ]

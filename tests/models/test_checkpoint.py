@@ -210,8 +210,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"config\.json holds a list",
     ),
     "of another program": (
-        lambda d: edit_config(d, lambda c: c.update(model_type="llama")),
-        r"model_type is 'llama'",
+        lambda d: edit_config(d, lambda c: c.update(model_type="gpt2")),
+        r"model_type is 'gpt2'",
     ),
     "later format": (
         lambda d: edit_config(d, lambda c: c.update(format=2)),

@@ -39,6 +39,14 @@ def test_rms_has_a_weight() -> None:
     assert_close(norm(x), oracles.srms_norm(x) * norm.weight.double())
 
 
+def test_scale_norm_has_one_weight() -> None:
+    norm = NormConfig(kind="scale", eps=1e-5).build(40)
+    torch.nn.init.constant_(norm.weight, 1.5)
+    x = torch.randn(3, 40)
+    assert norm.weight.shape == (1,)
+    assert_close(norm(x), oracles.srms_norm(x, 1e-5) * 1.5)
+
+
 def test_layer_norm_is_torchs() -> None:
     norm = NormConfig(kind="layer", eps=1e-5).build(40)
     torch.nn.init.normal_(norm.weight)
@@ -63,12 +71,18 @@ def test_eps_outside_is_added_to_the_root() -> None:
     assert_close(norm(x), x.double() / (root + 1e-3))
 
 
+def test_zeros_have_a_finite_gradient_where_eps_is_outside() -> None:
+    x = torch.zeros(2, 8, requires_grad=True)
+    NormConfig(eps=1e-8, eps_outside=True).build(8)(x).sum().backward()
+    assert bool(torch.isfinite(x.grad).all())
+
+
 def test_groups_must_divide() -> None:
     with pytest.raises(ValueError, match=r"groups is 3.*divisor of 40"):
         NormConfig(groups=3).build(40)
 
 
-@pytest.mark.parametrize("kind", ["srms", "rms", "layer"])
+@pytest.mark.parametrize("kind", ["srms", "rms", "layer", "scale"])
 def test_gradients(kind: str) -> None:
     norm = NormConfig(kind=kind).build(6).double()
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)

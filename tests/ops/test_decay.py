@@ -96,3 +96,25 @@ def test_none_rule_never_forgets() -> None:
 def test_unknown_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="rule"):
         decay.tnl_log_decay(8, 0, 2, rule="linear")
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 32])
+def test_retnet_rules_are_the_printed_formulas(heads: int) -> None:
+    rules = {
+        "retnet": [1 - 2.0 ** (-5 - h) for h in range(heads)],
+        "linspace": [1 - (1 / 32) * (1 / 16) ** (h / max(heads - 1, 1)) for h in range(heads)],
+    }
+    for rule, gammas in rules.items():
+        exact = torch.tensor(gammas, dtype=torch.float64)
+        assert_close(decay.retnet_log_decay(heads, rule=rule, dtype=torch.float64).exp(), exact)
+        log_decay = decay.retnet_log_decay(heads, rule=rule)
+        assert log_decay.dtype == torch.float32
+        assert bool((log_decay < 0).all())
+        assert bool((log_decay.diff() > 0).all())
+
+
+def test_retnet_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads is 0"):
+        decay.retnet_log_decay(0)
+    with pytest.raises(ValueError, match="rule is 'tnl'"):
+        decay.retnet_log_decay(2, rule="tnl")

@@ -17,6 +17,7 @@ def convert(
 ) -> None:
     """Write a model in the released TransNormerLLM layout, or in this package's own.
 
+    A directory in Hugging Face's LLaMA layout is read like any other.
     The tokenizer beside the weights goes along. What the released layout cannot express is refused
     by name.
     """

@@ -7,6 +7,8 @@ import typer
 from transnormer.cli import common
 
 if TYPE_CHECKING:
+    import torch
+
     from transnormer.models.decoder import DecoderConfig
 
 
@@ -17,11 +19,16 @@ def info(
             metavar="[CKPT]", help="Checkpoint, or a published size; without it those are listed."
         ),
     ] = None,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens behind and including the one that is counted.")
+    ] = 2048,
     as_json: common.Json = False,
 ) -> None:
-    """Show configuration, parameters, fingerprint and tokenizer of a checkpoint.
+    """Show configuration, parameters, costs and tokenizer of a checkpoint.
 
-    The name of a published size, such as tnl-385m, shows its configuration; without an argument
+    The state is of one sequence: a part of constant size, and what every token adds. Operations are
+    of the forward pass of one token, 2 a multiply-add; training costs three times as many. The name
+    of a published size, such as tnl-385m, shows its configuration in float32; without an argument
     the names are listed.
     """
     from transnormer.models import zoo
@@ -33,7 +40,11 @@ def info(
         else:
             common.write_line("\n".join(names))
         return
-    facts = _of_size(checkpoint) if checkpoint in zoo.names() else _of_checkpoint(checkpoint)
+    facts = (
+        _of_size(checkpoint, context)
+        if checkpoint in zoo.names()
+        else _of_checkpoint(checkpoint, context)
+    )
     if as_json:
         common.print_json(facts)
         return
@@ -43,25 +54,21 @@ def info(
             common.write_line(f"{name.replace('_', ' '):<24} {text}")
 
 
-def _of_size(name: str) -> dict[str, Any]:
+def _of_size(name: str, context: int) -> dict[str, Any]:
     import torch
 
     from transnormer.models import zoo
-    from transnormer.models.decoder import Decoder
 
     config = zoo.get(name)
-    with torch.device("meta"):
-        model = Decoder(config)
     return {
         "name": name,
-        "parameters": model.num_parameters(),
-        "without_embeddings": model.num_parameters(embeddings=False),
+        **_costs(config, torch.float32, context),
         **_sizes(config),
         "config": config.model_dump(mode="json"),
     }
 
 
-def _of_checkpoint(path: str) -> dict[str, Any]:
+def _of_checkpoint(path: str, context: int) -> dict[str, Any]:
     from transnormer.data.tokenizers import load_tokenizer
     from transnormer.models import checkpoint
 
@@ -69,8 +76,7 @@ def _of_checkpoint(path: str) -> dict[str, Any]:
     file = checkpoint.find_tokenizer(path)
     facts: dict[str, Any] = {
         "path": str(checkpoint.find_model(path)),
-        "parameters": model.num_parameters(),
-        "without_embeddings": model.num_parameters(embeddings=False),
+        **_costs(model.config, model.head_weight.dtype, context),
         "dtype": str(model.head_weight.dtype).removeprefix("torch."),
         "fingerprint": model.fingerprint(),
         **_sizes(model.config),
@@ -91,4 +97,21 @@ def _sizes(config: "DecoderConfig") -> dict[str, Any]:
         "layers": len(config.blocks),
         "token_mixers": ", ".join(mixers),
         "tied_head": config.tie_embeddings,
+    }
+
+
+def _costs(config: "DecoderConfig", dtype: "torch.dtype", context: int) -> dict[str, Any]:
+    from transnormer.models.cost import ModelCost
+
+    cost = ModelCost.of(config, dtype)
+    flops = cost.flops(context)
+    return {
+        "parameters": cost.parameters,
+        "without_embeddings": cost.without_embeddings,
+        "state_bytes": cost.constant_state_bytes,
+        "state_bytes_per_token": cost.state_bytes_per_token,
+        "context": context,
+        "flops_per_token": round(flops.total),
+        "mixing_flops_per_token": round(flops.mixing),
+        "head_flops_per_token": round(flops.head),
     }

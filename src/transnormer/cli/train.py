@@ -11,7 +11,7 @@ import typer
 from transnormer.cli import common
 
 if TYPE_CHECKING:
-    from transnormer.train.metrics import EvaluationReport, StepReport
+    from transnormer.train.metrics import HeldoutReport, StepReport
     from transnormer.train.trainer import TrainResult
 
 SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
@@ -47,6 +47,11 @@ def train(
     from transnormer.train.recipe import read_run
 
     config = read_run(run, overrides or [])
+    if sample_tokens > 0 and config.objective.kind != "causal":
+        raise ValueError(
+            f"--sample-tokens is {sample_tokens}; expected 0 for objective.kind = "
+            f"{config.objective.kind!r}: only a causal language model writes text"
+        )
     from transnormer.eval.perplexity import score_texts
     from transnormer.train.trainer import run_training
 
@@ -65,10 +70,11 @@ def train(
 
 def _summary(result: "TrainResult", resume: bool) -> None:
     if result.first is not None and result.last is not None:
-        before, after = result.first.bits_per_byte, result.last.bits_per_byte
+        before, after = result.first.headline(), result.last.headline()
+        beside = f"; {after.beside}" if after.beside else ""
         common.write_line(
-            f"held-out bits per byte: {before:.3f} before (step {result.first.step}), {after:.3f} "
-            f"after (step {result.last.step})"
+            f"held-out {after.name}: {before.value:.3f} before (step {result.first.step}), "
+            f"{after.value:.3f} after (step {result.last.step}){beside}"
         )
     common.write_line(
         f"{result.step:,} steps in {clock(result.seconds)}; the run is in {result.run_dir}"
@@ -102,7 +108,7 @@ def _sample(checkpoint: Path, tokens: int, seed: int) -> str:
 
 
 def _facts(result: "TrainResult") -> dict[str, Any]:
-    def report(found: "EvaluationReport | None") -> dict[str, Any] | None:
+    def report(found: "HeldoutReport | None") -> dict[str, Any] | None:
         return None if found is None else found._asdict()
 
     return {
@@ -125,18 +131,16 @@ def clock(seconds: float) -> str:
 
 def describe(report: "StepReport", steps: int) -> str:
     """One update as a line."""
+    bits = "" if report.bits_per_byte is None else f"{report.bits_per_byte:.3f} bits per byte  "
     return (
         f"step {report.step:,}/{steps:,}  loss {report.loss:.4f}  "
-        f"{report.bits_per_byte:.3f} bits per byte  {report.tokens_per_second:,.0f} tokens/s"
+        f"{bits}{report.tokens_per_second:,.0f} tokens/s"
     )
 
 
-def describe_evaluation(report: "EvaluationReport") -> str:
+def describe_evaluation(report: "HeldoutReport") -> str:
     """One evaluation as a line."""
-    return (
-        f"held-out at step {report.step:,}: loss {report.loss:.4f}  "
-        f"{report.bits_per_byte:.3f} bits per byte  ({report.bytes:,} bytes)"
-    )
+    return f"held-out at step {report.step:,}: {report.describe()}"
 
 
 def make_progress(steps: int) -> "PlainProgress | BarProgress":
@@ -169,7 +173,7 @@ class PlainProgress:
             self._next = self._now() + _LINE_SECONDS
             self.message(f"{describe(report, steps)}  {clock(left)} left")
 
-    def evaluation(self, report: "EvaluationReport") -> None:
+    def evaluation(self, report: "HeldoutReport") -> None:
         """Print an evaluation."""
         self.message(describe_evaluation(report))
 
@@ -208,13 +212,11 @@ class BarProgress:
             self._started = True
             self._bar.update(self._task, completed=report.step)
             self._bar.start_task(self._task)
-        figures = (
-            f"loss {report.loss:.3f}  {report.bits_per_byte:.3f} bits/byte  "
-            f"{report.tokens_per_second:,.0f} tokens/s"
-        )
+        bits = "" if report.bits_per_byte is None else f"{report.bits_per_byte:.3f} bits/byte  "
+        figures = f"loss {report.loss:.3f}  {bits}{report.tokens_per_second:,.0f} tokens/s"
         self._bar.update(self._task, completed=report.step, figures=figures)
 
-    def evaluation(self, report: "EvaluationReport") -> None:
+    def evaluation(self, report: "HeldoutReport") -> None:
         """Print an evaluation above the bar."""
         self.message(describe_evaluation(report))
 

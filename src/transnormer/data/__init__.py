@@ -1,10 +1,18 @@
 """Text to batches: tokenizers, documents, shards, and a loader that resumes from one integer."""
 
+from transnormer.data.classification import (
+    Fields,
+    LabelledBatch,
+    LabelledLoader,
+    LabelledSource,
+)
 from transnormer.data.corpus import Corpus
 from transnormer.data.document import Document
 from transnormer.data.documents import read_documents
 from transnormer.data.embedded import embedded_documents, embedded_hash
 from transnormer.data.loader import Batch, Loader, label_bytes
+from transnormer.data.masking import Masking
+from transnormer.data.mqar import mqar_examples
 from transnormer.data.prepare import (
     TokenizedCorpus,
     bpe_size,
@@ -29,8 +37,13 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "Document",
+    "Fields",
+    "LabelledBatch",
+    "LabelledLoader",
+    "LabelledSource",
     "Loader",
     "Manifest",
+    "Masking",
     "StreamDecoder",
     "TokenSource",
     "TokenizedCorpus",
@@ -41,6 +54,7 @@ __all__ = [
     "label_bytes",
     "load_tokenizer",
     "make_tokenizer",
+    "mqar_examples",
     "open_tokenized",
     "read_documents",
     "start_id",

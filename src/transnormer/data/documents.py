@@ -8,6 +8,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,13 +91,30 @@ def _kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in TEXT_SUFFIXES else None
 
 
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("file:line", value) of every line of a file of JSON lines that is not blank.
+
+    Raises ValueError that names file and line for bad UTF-8, bad JSON and a damaged archive,
+    RuntimeError for .zst without zstandard.
+    """
+    with _opened(path) as stream:
+        yield from _json_lines(stream, path)
+
+
 def _read_file(path: Path) -> Iterator[Document]:
+    with _opened(path) as stream:
+        if _kind(path) == ".jsonl":
+            yield from _read_lines(stream, path)
+        else:
+            yield Document(str(path), _decode(stream.read(), str(path)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, unpacked; a damaged archive is a ValueError of one line."""
     try:
         with _open(path) as stream:
-            if _kind(path) == ".jsonl":
-                yield from _read_lines(stream, path)
-            else:
-                yield Document(str(path), _decode(stream.read(), str(path)))
+            yield stream
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; expected a whole {path.suffix} file; fetch it again"
@@ -172,7 +190,7 @@ def _decode(data: bytes, where: str) -> str:
         ) from None
 
 
-def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Document]:
+def _json_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(stream, start=1):
         where = f"{path}:{number}"
         text = _decode(line, where)
@@ -185,6 +203,11 @@ def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Document]:
             raise ValueError(
                 f"{where} is not JSON: {error}; expected one object on each line"
             ) from None
+        yield where, record
+
+
+def _read_lines(stream: IO[bytes], path: Path) -> Iterator[Document]:
+    for where, record in _json_lines(stream, path):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError(
                 f'{where} has no text; expected an object with a string "text" on each line'

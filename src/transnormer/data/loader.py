@@ -7,7 +7,6 @@ ends, and what the one before has already predicted is ignored there, so that ea
 token is predicted exactly once an epoch.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transnormer.data.order import Mixture, hash_key, permute
+from transnormer.data.order import Mixture, Rows, hash_key, permute
 from transnormer.data.shards import TokenSource
 from transnormer.data.tokenizers.base import Tokenizer, start_id
 
@@ -54,7 +53,7 @@ def num_windows(source: TokenSource, seq: int) -> int:
     return -(-len(source) // seq)
 
 
-class Loader:
+class Loader(Rows):
     """Samples of weighted sources in an order that depends on (seed, sample index) alone.
 
     Sample k of the run is row k mod batch of batch k // batch. Every source is read in epochs; each
@@ -79,10 +78,9 @@ class Loader:
             seed: another seed, another order.
             packing: "stream" rows run over the ends of documents; "documents" gives cu_seqlens.
         """
+        super().__init__(batch)
         if not sources:
             raise ValueError("sources is empty; expected at least one")
-        if batch < 1:
-            raise ValueError(f"batch is {batch}; expected at least 1")
         if packing not in ("stream", "documents"):
             raise ValueError(f"packing is {packing!r}; expected 'stream' or 'documents'")
         fingerprints = {source.manifest.tokenizer_fingerprint for source, _ in sources}
@@ -93,27 +91,10 @@ class Loader:
                 "with the same"
             )
         self.sources = [source for source, _ in sources]
-        self.seq, self.batch_size, self.seed = seq, batch, seed
+        self.seq, self.seed = seq, seed
         self.packing: Packing = packing
         self.windows = [num_windows(source, seq) for source in self.sources]
         self._mixture = Mixture([weight for _, weight in sources])
-        self._rank, self._world = 0, 1
-
-    def for_rank(self, rank: int, world: int) -> "Loader":
-        """Return the loader of one of `world` data-parallel ranks: rows rank, rank + world, ...
-
-        The rows of all ranks together are the rows of this loader, whatever the number of ranks.
-        """
-        if world < 1 or not 0 <= rank < world:
-            raise ValueError(f"rank is {rank} of {world}; expected 0 <= rank < world")
-        if self.batch_size % world:
-            raise ValueError(
-                f"batch is {self.batch_size} windows; expected a multiple of {world} ranks; change "
-                "train.tokens_per_step"
-            )
-        loader = copy.copy(self)
-        loader._rank, loader._world = rank, world
-        return loader
 
     def locate(self, sample: int) -> tuple[int, int, int]:
         """Return (source, epoch, window) of a global sample index."""
@@ -124,10 +105,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Return batch `step`; any step, in any order, as often as wanted."""
-        if step < 0:
-            raise ValueError(f"step is {step}; expected 0 or more")
-        rows = range(self._rank, self.batch_size, self._world)
-        located = [self.locate(step * self.batch_size + row) for row in rows]
+        located = [self.locate(sample) for sample in self.samples(step)]
         return _collate([(self.sources[s], w) for s, _, w in located], self.seq, self.packing)
 
 

@@ -3,8 +3,10 @@
 Nothing here keeps a state or a list of positions, so that training resumes from one integer.
 """
 
+import copy
 from collections.abc import Sequence
 from math import gcd
+from typing import Self
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
@@ -47,6 +49,40 @@ def permute(index: int, size: int, key: int) -> int:
         index = left << half | right
         if index < size:
             return index
+
+
+class Rows:
+    """Which samples are the rows of a batch: sample k is row k mod batch of batch k // batch."""
+
+    def __init__(self, batch: int) -> None:
+        """Take the rows of a batch, over all ranks."""
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; expected at least 1")
+        self.batch_size = batch
+        self._rank, self._world = 0, 1
+
+    def for_rank(self, rank: int, world: int) -> Self:
+        """Return the loader of one of `world` data-parallel ranks: rows rank, rank + world, ...
+
+        The rows of all ranks together are the rows of this loader, whatever the number of ranks.
+        """
+        if world < 1 or not 0 <= rank < world:
+            raise ValueError(f"rank is {rank} of {world}; expected 0 <= rank < world")
+        if self.batch_size % world:
+            raise ValueError(
+                f"batch is {self.batch_size} windows; expected a multiple of {world} ranks; change "
+                "train.tokens_per_step"
+            )
+        loader = copy.copy(self)
+        loader._rank, loader._world = rank, world
+        return loader
+
+    def samples(self, step: int) -> list[int]:
+        """Return the global indices of the samples of batch `step` that are this rank's."""
+        if step < 0:
+            raise ValueError(f"step is {step}; expected 0 or more")
+        rows = range(self._rank, self.batch_size, self._world)
+        return [step * self.batch_size + row for row in rows]
 
 
 class Mixture:

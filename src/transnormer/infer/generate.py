@@ -1,4 +1,4 @@
-"""Generation with a state of constant size: prefill once, then one token a step.
+"""Generation from a state: prefill once, then one token a step.
 
 The engine knows token ids and states, nothing of text or of the family of the model.
 """

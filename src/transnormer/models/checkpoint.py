@@ -1,14 +1,12 @@
 """Saving and loading models: a directory with config.json and weights, written at once or not.
 
-The layout of this package is ``config.json`` (the decoder's configuration, a format number and the
-SHA-256 of each weight file) beside ``model.safetensors``, or shards with their index.
+The layout of this package is ``config.json`` (the model's configuration under a key that says what
+it is, a format number and the SHA-256 of each weight file) beside ``model.safetensors``, or shards
+with their index.
 """
 
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,29 +17,33 @@ from transnormer import files
 from transnormer.config import validate
 from transnormer.data.tokenizers import find_tokenizer_file
 from transnormer.models import tensor_files
-from transnormer.models.convert import released
+from transnormer.models.assembly import CONFIG, assemble
+from transnormer.models.classifier import ClassifierConfig, SequenceClassifier
+from transnormer.models.convert import llama, released
 from transnormer.models.decoder import Decoder, DecoderConfig
+from transnormer.models.directories import replaced
 from transnormer.models.tensor_files import StoredTensor
-from transnormer.nn.precision import KeepPrecision
-from transnormer.ops.checks import FLOAT_DTYPES
 
 Layout = Literal["transnormer", "released"]
+AnyModel = Decoder | SequenceClassifier
+AnyConfig = DecoderConfig | ClassifierConfig
 
-CONFIG = "config.json"
 COMPLETE = "COMPLETE"
 MODEL_TYPE = "transnormer_decoder"
+CLASSIFIER_TYPE = "transnormer_classifier"
 FORMAT = 1
+# For each model_type the key of config.json that holds the configuration, and its schema.
+_DECODER, _CLASSIFIER = "decoder", "classifier"
+_SCHEMAS: dict[str, tuple[str, type[AnyConfig]]] = {
+    MODEL_TYPE: (_DECODER, DecoderConfig),
+    CLASSIFIER_TYPE: (_CLASSIFIER, ClassifierConfig),
+}
 _STEP = re.compile(r"step_(\d+)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken"]
-# What a saved model's directory may hold; anything else in it is somebody's and is not replaced.
-_OWN_FILES = re.compile(
-    r"config\.json|model.*\.safetensors|model\.safetensors\.index\.json|(byte_)?tokenizer.*|"
-    r".*\.tiktoken"
-)
 
 
-def save(model: Decoder, path: str | Path, *, layout: Layout = "transnormer") -> None:
+def save(model: AnyModel, path: str | Path, *, layout: Layout = "transnormer") -> None:
     """Write a model as a directory, which appears whole or not at all.
 
     Args:
@@ -52,32 +54,29 @@ def save(model: Decoder, path: str | Path, *, layout: Layout = "transnormer") ->
     Raises:
         NotImplementedError: the released layout cannot express the model; the field is named.
         ValueError: an unknown layout, or path holds something that is not a saved model.
-        TypeError: a model that is no ``Decoder``.
+        TypeError: a model that is no ``Decoder`` and no ``SequenceClassifier``.
     """
     if layout not in ("transnormer", "released"):
         raise ValueError(f"layout is {layout!r}; expected 'transnormer' or 'released'")
-    if not isinstance(model, Decoder):
-        raise TypeError(f"model is {type(model).__name__}; expected a Decoder")
-    # A link stays a link: what it points to is replaced.
-    target = Path(path).resolve()
-    _check_replaceable(target)
+    if not isinstance(model, AnyModel):
+        raise TypeError(
+            f"model is {type(model).__name__}; expected a Decoder or a SequenceClassifier"
+        )
     tensors = dict(model.state_dict())
     raw: dict[str, Any] | None = None
     if layout == "released":
+        if not isinstance(model, Decoder):
+            raise NotImplementedError(
+                "model is a SequenceClassifier; expected a Decoder, which is all that the released "
+                "layout can hold; save with layout='transnormer'"
+            )
         raw, tensors = released.write(model.config, tensors)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replaced(path) as directory:
         if raw is None:
-            write_weights(model, temporary)
+            write_weights(model, directory)
         else:
-            tensor_files.write_tensors(tensors, temporary)
-            files.write_json(raw, temporary / CONFIG)
-        temporary.chmod(0o755)
-        files.sync(temporary)
-        _put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            tensor_files.write_tensors(tensors, directory)
+            files.write_json(raw, directory / CONFIG)
 
 
 def load(
@@ -86,21 +85,58 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Decoder:
-    """Load a model in eval mode.
+    """Load a decoder in eval mode.
 
     Args:
         path_or_hub_id: a run directory (its newest complete step is taken), a step directory, a
-            saved model, a directory in the released TransNormerLLM layout, or the id of one on the
-            Hugging Face hub.
+            saved model, a directory in the released TransNormerLLM layout or in Hugging Face's
+            LLaMA layout, or the id of one on the Hugging Face hub.
         device: where to put it; None is the CPU.
         dtype: of the weights; None keeps the stored one. Angles and decays stay float32 or better.
 
     Raises:
         FileNotFoundError: no such directory, or no configuration or weights in it.
         ValueError: a damaged file, or tensors that do not agree with the configuration; both are
-            named, and for a step of a run the older one that is whole.
-        NotImplementedError: a released configuration with parts that the decoder does not have.
+            named, and for a step of a run the older one that is whole. A sequence classifier, whose
+            head a decoder would lose.
+        NotImplementedError: a foreign configuration with parts that the decoder does not have.
     """
+    model = load_any(path_or_hub_id, device=device, dtype=dtype)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"{path_or_hub_id} is a sequence classifier; expected a decoder; load it with "
+            "transnormer.load_classifier"
+        )
+    return model
+
+
+def load_classifier(
+    path_or_hub_id: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SequenceClassifier:
+    """Load a sequence classifier in eval mode; arguments and errors are ``load``'s.
+
+    Raises:
+        ValueError: also for a decoder, which has no classes.
+    """
+    model = load_any(path_or_hub_id, device=device, dtype=dtype)
+    if not isinstance(model, SequenceClassifier):
+        raise ValueError(
+            f"{path_or_hub_id} is a decoder; expected a sequence classifier; load it with "
+            "transnormer.load"
+        )
+    return model
+
+
+def load_any(
+    path_or_hub_id: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> AnyModel:
+    """Load whichever kind of model a directory holds; arguments and errors are ``load``'s."""
     directory = find_model(path_or_hub_id)
     try:
         config, stored, stored_name = _read(directory)
@@ -110,38 +146,33 @@ def load(
             raise
         raise ValueError(f"{error}; {older} is whole: load that") from error
     with torch.device("meta"):
-        model = Decoder(config)
-    keep = _kept_precise(model)
-    _check_tensors(model, stored, directory, stored_name)
-    stored_dtype = _common_dtype(stored, keep, directory, dtype)
-    tensors = {}
-    for name, (tensor, _) in stored.items():
-        wanted = torch.promote_types(stored_dtype, torch.float32) if name in keep else stored_dtype
-        tensors[name] = tensor.to(device=device or "cpu", dtype=wanted)
-    model.load_state_dict(tensors, assign=True)
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            module.to_empty(device=device or "cpu", recurse=False)
-            methodcaller("reset_parameters")(module)
-    return model.requires_grad_(True).eval()
+        model = Decoder(config) if isinstance(config, DecoderConfig) else SequenceClassifier(config)
+    assemble(model, stored, directory, stored_name, device=device, dtype=dtype)
+    return model
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration as config.json has it, under ``decoder`` or ``classifier``."""
+    assert isinstance(model, AnyModel)
+    key = _DECODER if isinstance(model, Decoder) else _CLASSIFIER
+    return {key: model.config.model_dump(mode="json")}
 
 
 def write_weights(
     model: nn.Module, directory: Path, *, tokenizer_fingerprint: str | None = None
 ) -> None:
-    """Write a decoder's weights and config.json into a directory that exists.
+    """Write a model's weights and config.json into a directory that exists.
 
     Args:
-        model: a ``Decoder``.
+        model: a ``Decoder`` or a ``SequenceClassifier``.
         directory: where to.
         tokenizer_fingerprint: of the tokenizer that the model was trained with.
     """
-    assert isinstance(model, Decoder)
     written = tensor_files.write_tensors(model.state_dict(), directory)
     raw: dict[str, Any] = {
-        "model_type": MODEL_TYPE,
+        "model_type": MODEL_TYPE if isinstance(model, Decoder) else CLASSIFIER_TYPE,
         "format": FORMAT,
-        "decoder": model.config.model_dump(mode="json"),
+        **describe(model),
         "weights": {file.name: files.sha256(file) for file in written},
     }
     if tokenizer_fingerprint is not None:
@@ -150,13 +181,18 @@ def write_weights(
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
-    """The configuration of a model's directory; a released one is inferred from its tensors."""
+    """The configuration of a decoder's directory; a released one is inferred from its tensors."""
     directory = Path(directory)
     raw = files.read_json(directory / CONFIG)
     if released.is_released(raw):
         stored = tensor_files.read_tensors(directory)
         return released.read(raw, stored, directory / CONFIG)[0]
-    return _config_of(raw, directory / CONFIG)
+    if llama.is_llama(raw):
+        return llama.read_config(raw, directory / CONFIG)
+    config = _config_of(raw, directory / CONFIG)
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"{directory} is a sequence classifier; expected a decoder")
+    return config
 
 
 def tokenizer_fingerprint(directory: str | Path) -> str | None:
@@ -223,17 +259,19 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _config_of(raw: Mapping[str, Any], file: Path) -> DecoderConfig:
-    if raw.get("model_type") != MODEL_TYPE or not isinstance(raw.get("decoder"), dict):
+def _config_of(raw: Mapping[str, Any], file: Path) -> AnyConfig:
+    key, schema = _SCHEMAS.get(str(raw.get("model_type")), ("", DecoderConfig))
+    if not isinstance(raw.get(key), dict):
         raise ValueError(
-            f"{file}: model_type is {raw.get('model_type')!r}; expected {MODEL_TYPE!r} or "
-            f"{released.MODEL_TYPE!r}; is this a model's directory?"
+            f"{file}: model_type is {raw.get('model_type')!r}; expected {MODEL_TYPE!r}, "
+            f"{CLASSIFIER_TYPE!r}, {released.MODEL_TYPE!r} or {llama.MODEL_TYPE!r}; is this a "
+            "model's directory?"
         )
     if raw.get("format") != FORMAT:
         raise ValueError(
             f"{file}: format is {raw.get('format')!r}; expected {FORMAT}; update transnormer"
         )
-    return validate(DecoderConfig, raw["decoder"], source=str(file))
+    return validate(schema, raw[key], source=str(file))
 
 
 def _complete_steps(folder: Path) -> list[Path]:
@@ -260,13 +298,16 @@ def _whole_step_before(step: Path) -> Path | None:
 
 def _read(
     directory: Path,
-) -> tuple[DecoderConfig, dict[str, StoredTensor], Callable[[str], str]]:
+) -> tuple[AnyConfig, dict[str, StoredTensor], Callable[[str], str]]:
     """Configuration and tensors of a directory, and what a tensor is called in its files."""
     _check_marker(directory)
     raw = files.read_json(directory / CONFIG)
     if released.is_released(raw):
         stored = tensor_files.read_tensors(directory)
         return *released.read(raw, stored, directory / CONFIG), released.theirs
+    if llama.is_llama(raw):
+        stored = tensor_files.read_tensors(directory)
+        return *llama.read(raw, stored, directory / CONFIG), llama.theirs
     config = _config_of(raw, directory / CONFIG)
     _check_hashes(raw, directory)
     return config, tensor_files.read_tensors(directory), str
@@ -301,94 +342,17 @@ def _check_hashes(raw: Mapping[str, Any], directory: Path) -> None:
             )
 
 
-def _kept_precise(model: nn.Module) -> set[str]:
-    """Names of parameters that stay float32 or better in a model of any dtype."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, KeepPrecision)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-
-def _check_tensors(
-    model: nn.Module,
-    stored: Mapping[str, StoredTensor],
-    directory: Path,
-    stored_name: Callable[[str], str],
-) -> None:
-    expected = model.state_dict()
-    for name, meta in expected.items():
-        if name not in stored:
-            raise ValueError(
-                f"{directory} lacks {stored_name(name)}; expected it in its weight files"
-            )
-        tensor, file = stored[name]
-        if tensor.shape != meta.shape:
-            raise ValueError(
-                f"{file}: {stored_name(name)} has shape {list(tensor.shape)}; expected "
-                f"{list(meta.shape)}, by {directory / CONFIG}"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{file}: {stored_name(name)} is {tensor.dtype}; expected a floating dtype"
-            )
-    for name, (_, file) in stored.items():
-        if name not in expected:
-            raise ValueError(
-                f"{file} holds {stored_name(name)}; expected only the tensors of the model that "
-                f"{directory / CONFIG} describes"
-            )
-
-
-def _common_dtype(
-    stored: Mapping[str, StoredTensor],
-    keep: set[str],
-    directory: Path,
-    dtype: torch.dtype | None,
-) -> torch.dtype:
-    if dtype is not None:
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype is {dtype!r}; expected a torch dtype, float16 to float64")
-        return dtype
-    found = {x.tensor.dtype for name, x in stored.items() if name not in keep}
-    if len(found) > 1:
-        names = ", ".join(sorted(str(x).removeprefix("torch.") for x in found))
-        raise ValueError(f"{directory} stores weights in {names}; expected one dtype; pass dtype=")
-    return found.pop()
-
-
-def _check_replaceable(target: Path) -> None:
-    if target.is_dir():
-        strangers = sorted(p.name for p in target.iterdir() if not _OWN_FILES.fullmatch(p.name))
-        if strangers:
-            raise ValueError(
-                f"{target} holds {strangers[0]}; expected a saved model or an empty directory; "
-                "choose another path"
-            )
-    elif target.exists() or target.is_symlink():
-        raise ValueError(f"{target} is a file; expected a directory; choose another path")
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename over target; a directory with files has to step aside first."""
-    if target.is_dir() and any(target.iterdir()):
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        target.replace(aside)
-        temporary.replace(target)
-        shutil.rmtree(aside)
-    else:
-        temporary.replace(target)
-    files.sync(target.parent)
-
-
 __all__ = [
     "COMPLETE",
     "CONFIG",
+    "AnyModel",
     "Layout",
+    "describe",
     "find_model",
     "find_tokenizer",
     "load",
+    "load_any",
+    "load_classifier",
     "newest_complete_step",
     "read_config",
     "save",

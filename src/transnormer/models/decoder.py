@@ -54,6 +54,7 @@ class DecoderConfig(Config):
         max_positions: learned absolute positions up to this one (an ablation); 0 has none.
         pad_token_id: its embedding row starts at 0.
         bos_token_id, eos_token_id: what generation starts and ends with.
+        mask_token_id: what hides a token from a model that was trained to fill it in.
     """
 
     vocab_size: int = Field(ge=1)
@@ -69,6 +70,7 @@ class DecoderConfig(Config):
     pad_token_id: int | None = Field(default=None, ge=0)
     bos_token_id: int | None = Field(default=None, ge=0)
     eos_token_id: int | None = Field(default=None, ge=0)
+    mask_token_id: int | None = Field(default=None, ge=0)
 
 
 class DecoderOutput(NamedTuple):
@@ -113,7 +115,9 @@ class Block(nn.Module):
         mask: Tensor | None,
         state: LayerState | None,
         shared: Any = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, LayerState | None]:
+        drops = not keep_state and self.token_mixer.may_drop_state
         y, state = self.token_mixer(
             self.token_norm(x),
             positions=positions,
@@ -121,6 +125,7 @@ class Block(nn.Module):
             mask=mask,
             state=state,
             shared=shared,
+            **({"keep_state": False} if drops else {}),
         )
         x = x + self._drop(y)
         if self.channel_mixer is not None:
@@ -185,15 +190,20 @@ class Decoder(nn.Module):
         """The head's matrix, [vocab_size, model_dim]."""
         return self.embedding.weight if self.config.tie_embeddings else self.lm_head.weight
 
-    def _hidden(
+    def hidden(
         self,
         input_ids: Tensor,
-        state: DecoderState | None,
-        positions: Tensor | None,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
+        state: DecoderState | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        keep_state: bool = True,
     ) -> tuple[Tensor, DecoderState | None]:
-        """Normed hidden states, [batch, seq, model_dim], and the new state."""
+        """What the head reads: normed hidden states, [batch, seq, model_dim], and the new state.
+
+        Arguments and errors are ``forward``'s; without keep_state the new state is None.
+        """
         config = self.config
         inputs.check(input_ids, config.vocab_size, state, cu_seqlens, mask, config.causal)
         if state is not None:
@@ -217,10 +227,11 @@ class Decoder(nn.Module):
                 mask=mask,
                 state=None if state is None else state.layers[i],
                 shared=shared.get(config.blocks[i].token_mixer.kind),
+                keep_state=keep_state,
             )
             layers.append(layer)
         x = self.final_norm(x)
-        if not config.causal:
+        if not (config.causal and keep_state):
             return x, None
         after = inputs.positions_after(where, state, cu_seqlens, mask)
         return x, DecoderState(tuple(layers), after)
@@ -253,7 +264,7 @@ class Decoder(nn.Module):
             TypeError: dtypes.
             NotImplementedError: a state for a bidirectional model.
         """
-        x, state = self._hidden(input_ids, state, positions, cu_seqlens, mask)
+        x, state = self.hidden(input_ids, state, positions, cu_seqlens, mask)
         if logits_to_keep is not None:
             x = inputs.keep_last(x, logits_to_keep, cu_seqlens)
         return DecoderOutput(F.linear(x, self.head_weight), state)
@@ -288,7 +299,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"labels has shape {list(labels.shape)}; expected input_ids' {list(input_ids.shape)}"
             )
-        x, _ = self._hidden(input_ids, state, positions, cu_seqlens, mask)
+        x, _ = self.hidden(input_ids, state, positions, cu_seqlens, mask, keep_state=False)
         losses = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
         if reduction == "sum":
             return losses.sum()

@@ -1,4 +1,4 @@
-"""The recurrent state of a decoder: constant size, whatever the number of tokens behind it."""
+"""The state of a decoder: what its layers carry from token to token, and where each row stands."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -68,6 +68,17 @@ class LinearAttentionCore(nn.Module):
             implementation=implementation,
         )
 
+    def flops_per_token(self, heads: int, key_dim: int, value_dim: int, context: int) -> float:
+        """Operations of a token, in blocks of B = min(key_dim, value_dim) tokens.
+
+        Scores and values within the block, the product with the state, and its update:
+        heads (2 B (key_dim + value_dim) + 4 key_dim value_dim), as Shen et al. 2024
+        (arXiv:2406.16690, table 2) count; twice that without causality, which is two such sweeps.
+        """
+        block = min(key_dim, value_dim, context)
+        once = heads * (2.0 * block * (key_dim + value_dim) + 4.0 * key_dim * value_dim)
+        return once if self.causal else 2.0 * once
+
 
 def _bidirectional(
     q: Tensor,

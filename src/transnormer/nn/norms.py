@@ -15,13 +15,15 @@ class NormConfig(Config):
     """Which norm, and how.
 
     Attributes:
-        kind: "srms" (no parameters; TransNormerLLM), "rms" (a weight) or "layer" (weight, bias).
+        kind: "srms" (no parameters; TransNormerLLM), "rms" (a weight), "layer" (weight, bias) or
+            "scale" (one weight for all channels: Nguyen and Salazar 2019, arXiv:1910.05895, in
+            units of sqrt(dim); FLASH has eps 1e-5).
         eps: added to the mean square (to the root where ``eps_outside``).
         eps_outside: x / (rms + eps), the form of the TransNormer T1 and T2 code.
         groups: the last dim is split into this many groups, each with its own mean.
     """
 
-    kind: Literal["srms", "rms", "layer"] = "srms"
+    kind: Literal["srms", "rms", "layer", "scale"] = "srms"
     eps: float = Field(default=1e-6, ge=0.0)
     eps_outside: bool = False
     groups: int = Field(default=1, ge=1)
@@ -31,7 +33,7 @@ class NormConfig(Config):
 
 
 class Norm(nn.Module):
-    """SRMSNorm, RMSNorm or LayerNorm over the last dim, in one or several groups.
+    """SRMSNorm, RMSNorm, LayerNorm or ScaleNorm over the last dim, in one or several groups.
 
     SRMSNorm(x) = x / sqrt(mean(x^2) + eps), without parameters (Qin et al. 2023, arXiv:2307.14995,
     section 3.1, whose formula has no eps; the released code has 1e-6 inside the root).
@@ -42,8 +44,8 @@ class Norm(nn.Module):
         if dim % config.groups:
             raise ValueError(f"norm.groups is {config.groups}; expected a divisor of {dim}")
         self.config, self.dim = config, dim
-        affine = config.kind != "srms"
-        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        weights = {"srms": 0, "scale": 1}.get(config.kind, dim)
+        self.weight = nn.Parameter(torch.ones(weights)) if weights else None
         self.bias = nn.Parameter(torch.zeros(dim)) if config.kind == "layer" else None
 
     def reset_parameters(self) -> None:
@@ -61,7 +63,9 @@ class Norm(nn.Module):
         if config.kind == "layer":
             y = y - y.mean(-1, keepdim=True)
         if config.eps_outside:
-            y = y / (y.square().mean(-1, keepdim=True).sqrt() + config.eps)
+            # vector_norm has a gradient at 0, where that of the square root is infinite.
+            root = torch.linalg.vector_norm(y, dim=-1, keepdim=True) * y.shape[-1] ** -0.5
+            y = y / (root + config.eps)
         else:
             y = rms_norm(y, config.eps)
         if config.groups > 1:

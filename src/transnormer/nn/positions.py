@@ -10,6 +10,8 @@ from transnormer.nn.precision import KeepPrecision
 from transnormer.nn.rotary import turns
 from transnormer.ops.checks import accumulation_dtype
 
+LrpeInit = Literal["global", "head", "half"]
+
 
 class Lrpe(KeepPrecision):
     """Linearized relative position encoding by cosine doubling (LRPE-d).
@@ -24,7 +26,8 @@ class Lrpe(KeepPrecision):
         heads: number of heads.
         head_dim: key dim before doubling.
         init: "global": theta_j = base^(-2j/d) with j counted over all heads (the released weights);
-            "head": over each head's own dims.
+            "head": over each head's own dims; "half": as "head" with 0 in place of the lower half
+            of the frequencies, where it stays, since cos is flat at 0.
         base: of the frequencies.
     """
 
@@ -33,7 +36,7 @@ class Lrpe(KeepPrecision):
         heads: int,
         head_dim: int,
         *,
-        init: Literal["global", "head"] = "global",
+        init: LrpeInit = "global",
         base: float = 10_000.0,
     ) -> None:
         super().__init__()
@@ -48,7 +51,9 @@ class Lrpe(KeepPrecision):
         dim = self.heads * self.head_dim if self.init == "global" else self.head_dim
         index = torch.arange(dim, dtype=torch.float64, device=self.theta.device)
         theta = torch.exp(index * (-2.0 * math.log(self.base) / dim))
-        if self.init == "head":
+        if self.init == "half":
+            theta[(dim + 1) // 2 :] = 0.0
+        if self.init != "global":
             theta = theta.repeat(self.heads)
         self.theta.copy_(theta.view(self.heads, 1, self.head_dim))
 
@@ -59,5 +64,83 @@ class Lrpe(KeepPrecision):
     def forward(self, x: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, ...]:
         """Encode each of x, [batch, seq, heads, head_dim] -> [batch, seq, heads, 2 * head_dim]."""
         angles = self.angles(positions)
+        cos, sin = angles.cos(), angles.sin()
+        return tuple(torch.cat([y * cos, y * sin], -1).to(y.dtype) for y in x)
+
+
+def check_extents(shape: tuple[int, ...] | None, axes: int, seq: int) -> tuple[int, ...]:
+    """The shape, if it has this many axes and holds seq tokens; raises ValueError otherwise."""
+    if shape is None or len(shape) != axes:
+        raise ValueError(f"shape is {shape}; expected {axes} extents, one an axis")
+    if math.prod(shape) != seq:
+        raise ValueError(
+            f"shape is {tuple(shape)}, {math.prod(shape)} tokens; expected the {seq} of the input"
+        )
+    return tuple(shape)
+
+
+class MdLrpe(Lrpe):
+    """LRPE over several axes (MD-LRPE): each axis turns its own part of the channels.
+
+    A token with coordinates s_1 .. s_k has the angles [s_1 theta, .., s_k theta], cut to head_dim;
+    the score of a query and a key is sum_j sum_c q_c k_c cos((s_j - s'_j) theta_c), c over the part
+    of axis j: it depends on the differences of coordinates alone. One axis is LRPE.
+    Source: Qin et al. 2024, arXiv:2405.21022, section 3 (MD-LRPE); the axes share theta, as in the
+    authors' code.
+
+    Args:
+        heads: number of heads.
+        head_dim: key dim before doubling.
+        axes: k; theta is [heads, 1, ceil(head_dim / k)].
+        condition_tokens: leading tokens (a class, a condition) with angle 0; the rest is the grid.
+        init: of theta, over one axis' part, see ``Lrpe``.
+        base: of the frequencies.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        axes: int = 1,
+        condition_tokens: int = 0,
+        init: LrpeInit = "global",
+        base: float = 10_000.0,
+    ) -> None:
+        super().__init__(heads, -(-head_dim // axes), init=init, base=base)
+        self.axes, self.condition_tokens, self.rotated_dim = axes, condition_tokens, head_dim
+
+    def _coordinates(self, positions: Tensor, shape: tuple[int, ...] | None) -> list[Tensor]:
+        """Coordinates of the tokens along each axis, int64 [batch or 1, seq] each."""
+        if self.axes == 1 and not self.condition_tokens:
+            if shape is not None:
+                check_extents(shape, 1, positions.shape[1])
+            return [positions]
+        extents = check_extents(shape, self.axes, positions.shape[1] - self.condition_tokens)
+        grid = torch.meshgrid(
+            *(torch.arange(n, device=positions.device) for n in extents), indexing="ij"
+        )
+        lead = positions.new_zeros(self.condition_tokens)
+        return [torch.cat([lead, axis.flatten()])[None] for axis in grid]
+
+    def angles(self, positions: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Angles mod 2 pi, [batch or 1, seq, heads, head_dim].
+
+        Args:
+            positions: int64 [batch, seq]; used where there is one axis and no condition token.
+            shape: extents of the axes, row-major; their product is seq without condition tokens.
+
+        Raises:
+            ValueError: a shape of other axes or of another number of tokens, or none where there
+                are several axes or condition tokens.
+        """
+        parts = [super(MdLrpe, self).angles(x) for x in self._coordinates(positions, shape)]
+        return torch.cat(parts, -1)[..., : self.rotated_dim]
+
+    def forward(
+        self, x: tuple[Tensor, ...], positions: Tensor, shape: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Encode each of x, [batch, seq, heads, head_dim] -> [batch, seq, heads, 2 * head_dim]."""
+        angles = self.angles(positions, shape)
         cos, sin = angles.cos(), angles.sin()
         return tuple(torch.cat([y * cos, y * sin], -1).to(y.dtype) for y in x)

@@ -2,6 +2,7 @@
 
 from transnormer.ops import decay
 from transnormer.ops.cross_entropy import linear_cross_entropy
+from transnormer.ops.eos import eos
 from transnormer.ops.linear_attention import (
     RingState,
     linear_attention,
@@ -12,6 +13,7 @@ from transnormer.ops.linear_attention import (
 __all__ = [
     "RingState",
     "decay",
+    "eos",
     "linear_attention",
     "linear_attention_ring_step",
     "linear_attention_step",

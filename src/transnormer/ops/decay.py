@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 DecayRule = Literal["tnl", "paper", "geometric", "none"]
+RetnetDecayRule = Literal["retnet", "linspace"]
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -75,3 +76,35 @@ def tnl_log_decay(
     elif rule != "tnl":
         raise ValueError(f"rule is {rule!r}; expected 'tnl', 'paper', 'geometric' or 'none'")
     return (-slopes * (factor if temperature else 1.0)).to(dtype)
+
+
+def retnet_log_decay(
+    heads: int, *, rule: RetnetDecayRule = "retnet", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Constant log decay of RetNet's heads, the same in every layer.
+
+    ``retnet`` is log(1 - 2^(-5 - h)), h = 0 .. heads - 1 (Sun et al. 2023, arXiv:2307.08621,
+    section 2.2, and torchscale); ``linspace`` log(1 - x_h) with x_h geometric from 1/32 to 1/512,
+    which the paper's experiments took (section 3.1).
+
+    Args:
+        heads: number of heads.
+        rule: one of the rules above.
+        dtype: of the result; computed in float64.
+
+    Returns:
+        log decay, [heads], below 0.
+
+    Raises:
+        ValueError: a count below 1, an unknown rule.
+    """
+    if heads < 1:
+        raise ValueError(f"heads is {heads}; expected at least 1")
+    if rule == "retnet":
+        forgotten = torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64))
+    elif rule == "linspace":
+        ends = -math.log(32.0), -math.log(512.0)
+        forgotten = torch.linspace(*ends, heads, dtype=torch.float64).exp()
+    else:
+        raise ValueError(f"rule is {rule!r}; expected 'retnet' or 'linspace'")
+    return torch.log1p(-forgotten).to(dtype)

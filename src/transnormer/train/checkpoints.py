@@ -19,8 +19,7 @@ from torch import Tensor
 from transnormer.config import Config, validate
 from transnormer.data.tokenizers import Tokenizer
 from transnormer.files import read_json, sha256, sync, write_json
-from transnormer.models.checkpoint import write_weights
-from transnormer.models.decoder import Decoder
+from transnormer.models.checkpoint import AnyModel, write_weights
 from transnormer.optim import Optimizer
 
 COMPLETE, CHECKPOINTS = "COMPLETE", "checkpoints"
@@ -129,7 +128,7 @@ def what_is_wrong(path: Path) -> str | None:
 
 def write_checkpoint(
     run_dir: Path,
-    model: Decoder,
+    model: AnyModel,
     optimizer: Optimizer,
     tokenizer: Tokenizer,
     counters: Counters,

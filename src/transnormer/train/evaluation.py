@@ -1,13 +1,17 @@
 """Held-out texts scored by a function that the trainer is handed, and stopped by a signal."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from transnormer.data import Tokenizer
+from transnormer.models.checkpoint import AnyModel
 from transnormer.models.decoder import Decoder
 from transnormer.train.signals import Stop
+
+ModelT = TypeVar("ModelT", bound=AnyModel)
+FoundT = TypeVar("FoundT")
 
 
 class Evaluation(Protocol):
@@ -41,9 +45,9 @@ class _Stopped(Exception):
 
 
 def evaluate_until(
-    stop: Stop, evaluate: Evaluate, model: Decoder, tokenizer: Tokenizer, texts: Sequence[str]
-) -> Evaluation | None:
-    """Score texts; None where a signal asks to stop before all are scored.
+    stop: Stop, evaluate: Callable[[ModelT, Callable[[int], None]], FoundT], model: ModelT
+) -> FoundT | None:
+    """Score a model in eval mode; None where a signal asks to stop before all is scored.
 
     Random numbers that the evaluation draws change nothing for the run.
     """
@@ -56,6 +60,6 @@ def evaluate_until(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
-            return evaluate(model.eval(), tokenizer, texts, progress=check)
+            return evaluate(model.eval(), check)
     except _Stopped:
         return None

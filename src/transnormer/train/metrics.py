@@ -19,8 +19,9 @@ class StepReport(NamedTuple):
 
     Attributes:
         step: updates done, this one included.
-        loss: nats per token, mean over the step's labels.
-        bits_per_byte: the same loss over the UTF-8 bytes of the labels.
+        loss: nats, mean over the step's labels: per token, per masked token or per text.
+        bits_per_byte: the same loss over the UTF-8 bytes of the labels; None, and no key of the
+            record, where it is not the likelihood of all text.
         grad_norm: of the whole gradient, before clipping.
         lr: of this update.
         tokens: seen since the start of the run.
@@ -30,7 +31,7 @@ class StepReport(NamedTuple):
 
     step: int
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     grad_norm: float
     lr: float
     tokens: int
@@ -38,15 +39,32 @@ class StepReport(NamedTuple):
     seconds: float
 
 
-class EvaluationReport(NamedTuple):
-    """One evaluation on the held-out part after `step` updates; loss in nats per token."""
+class Headline(NamedTuple):
+    """The one figure by which evaluations of a run are compared, and what belongs beside it."""
 
-    step: int
-    loss: float
-    bits_per_byte: float
-    tokens: int
-    bytes: int
-    seconds: float
+    name: str
+    value: float
+    beside: str = ""
+
+
+class HeldoutReport(Protocol):
+    """One evaluation on the held-out part: a NamedTuple of an objective's figures."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    def headline(self) -> Headline:
+        """The figure that tells whether the run went well."""
+        ...
+
+    def describe(self) -> str:
+        """All figures as words."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 class Progress(Protocol):
@@ -60,7 +78,7 @@ class Progress(Protocol):
         """Take one update of `steps`."""
         ...
 
-    def evaluation(self, report: EvaluationReport) -> None:
+    def evaluation(self, report: HeldoutReport) -> None:
         """Take one evaluation."""
         ...
 
@@ -74,7 +92,7 @@ class Quiet:
     def step(self, report: StepReport, steps: int) -> None:
         """Drop the report."""
 
-    def evaluation(self, report: EvaluationReport) -> None:
+    def evaluation(self, report: HeldoutReport) -> None:
         """Drop the report."""
 
 
@@ -100,14 +118,15 @@ class Records:
         self._metrics.write(_line(report))
         self._metrics.flush()
         for name in ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second"):
-            self._board.add_scalar(f"train/{name}", getattr(report, name), report.step)
+            if getattr(report, name) is not None:
+                self._board.add_scalar(f"train/{name}", getattr(report, name), report.step)
 
-    def evaluation(self, report: EvaluationReport) -> None:
+    def evaluation(self, report: HeldoutReport) -> None:
         """Write one evaluation."""
         self._evaluations.write(_line(report))
         self._evaluations.flush()
-        for name in ("loss", "bits_per_byte"):
-            self._board.add_scalar(f"heldout/{name}", getattr(report, name), report.step)
+        for name, value in figures(report).items():
+            self._board.add_scalar(f"heldout/{name}", value, report.step)
 
     def sync(self) -> None:
         """Bring everything written so far to the disk."""
@@ -127,8 +146,15 @@ def _append_to(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _line(report: StepReport | EvaluationReport) -> str:
-    return json.dumps(report._asdict(), allow_nan=False) + "\n"
+def figures(report: HeldoutReport) -> dict[str, float]:
+    """What was found, without counts and the time."""
+    row = report._asdict()
+    return {name: x for name, x in row.items() if isinstance(x, float) and name != "seconds"}
+
+
+def _line(report: StepReport | HeldoutReport) -> str:
+    row = {name: value for name, value in report._asdict().items() if value is not None}
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _cut_back(path: Path, step: int) -> None:
@@ -160,7 +186,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_loss(run_dir: Path) -> Path | None:
-    """Draw bits per byte over the steps as loss.png; None where nothing was measured yet."""
+    """Draw the loss over the steps as loss.png; None where nothing was measured yet.
+
+    It is in bits per byte where the run has them, else in nats.
+    """
     steps = read_records(run_dir / METRICS)
     evaluations = read_records(run_dir / EVALUATIONS)
     if not steps:
@@ -172,15 +201,18 @@ def draw_loss(run_dir: Path) -> Path | None:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     at = [row["step"] for row in steps]
-    values = [row["bits_per_byte"] for row in steps]
+    key, unit = ("bits_per_byte", "bits per byte")
+    if key not in steps[0]:
+        key, unit = "loss", "loss in nats"
+    values = [row[key] for row in steps]
     axes.plot(at, values, color="0.8", linewidth=0.8, label="training, each step")
     axes.plot(at, smooth(values), color="tab:blue", label="training, smoothed")
     if evaluations:
-        heldout = [row["bits_per_byte"] for row in evaluations]
+        heldout = [row[key] for row in evaluations]
         label = f"held-out, {heldout[-1]:.3f} at the end"
         places = [row["step"] for row in evaluations]
         axes.plot(places, heldout, "o-", color="tab:orange", label=label)
-    axes.set(xlabel="step", ylabel="bits per byte", title=run_dir.name)
+    axes.set(xlabel="step", ylabel=unit, title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

@@ -8,21 +8,29 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from transnormer.config import Config, apply_overrides, read_toml, validate
-from transnormer.models import zoo
+from transnormer.data.documents import EMBEDDED
+from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Block, BlockConfig, DecoderConfig
 from transnormer.optim import OptimizerConfig
+from transnormer.train.objective_config import (
+    CausalConfig,
+    ClassificationConfig,
+    ObjectiveConfig,
+)
 
 _SIZES = ("model_dim", "num_layers", "heads", "glu_dim")
 
 
 class ModelConfig(Config):
-    """The model, in one of three forms.
+    """The model, in one of four forms.
 
     Attributes:
         name: a published size, as `tnl-385m`.
         blocks: one table a block, with model_dim.
         model_dim, num_layers, heads, glu_dim: a TransNormerLLM of these sizes.
+        init_from: a run, a step or a saved decoder: its configuration, weights and tokenizer.
         vocab_size: rows of the embedding; None is the tokenizer's vocabulary, larger ones pad it.
+        causal: False sees both sides of every token; for the objectives that can train it.
         tie_embeddings, dropout, init_std: replace the model's own where given.
     """
 
@@ -32,26 +40,35 @@ class ModelConfig(Config):
     num_layers: int | None = Field(default=None, ge=1)
     heads: int | None = Field(default=None, ge=1)
     glu_dim: int | None = Field(default=None, ge=1)
+    init_from: str | None = Field(default=None, min_length=1)
     vocab_size: int | None = Field(default=None, ge=1)
+    causal: bool | None = None
     tie_embeddings: bool | None = None
     dropout: float | None = Field(default=None, ge=0, lt=1)
     init_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_form(self) -> "ModelConfig":
-        given = {key for key in ("name", "blocks", *_SIZES) if getattr(self, key) is not None}
-        if given not in ({"name"}, {"blocks", "model_dim"}, set(_SIZES)):
+        forms = ("name", "blocks", "init_from", *_SIZES)
+        given = {key for key in forms if getattr(self, key) is not None}
+        if given not in ({"name"}, {"blocks", "model_dim"}, {"init_from"}, set(_SIZES)):
             raise ValueError(
                 f"model has {', '.join(sorted(given)) or 'no keys'}; expected name alone, or "
-                "blocks and model_dim, or model_dim, num_layers, heads and glu_dim"
+                "blocks and model_dim, or model_dim, num_layers, heads and glu_dim, or init_from"
             )
+        for key in ("vocab_size", "tie_embeddings", "init_std") if self.init_from else ():
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)} beside init_from; expected it unset: it is the "
+                    "checkpoint's; leave it out"
+                )
         if self.name is not None and self.name not in zoo.names():
             raise ValueError(f"name is {self.name!r}; expected one of {', '.join(zoo.names())}")
         return self
 
     @model_validator(mode="after")
     def _check_shape(self) -> "ModelConfig":
-        if self.name is None:
+        if self.name is None and self.init_from is None:
             decoder = self.build(self.vocab_size or 1, pad=None, bos=None, eos=None)
             for index in range(len(decoder.blocks)):
                 try:
@@ -61,23 +78,44 @@ class ModelConfig(Config):
                     raise ValueError(f"blocks[{index}] cannot be built: {error}") from error
         return self
 
-    def rows(self, vocab_size: int) -> int:
-        """Return the rows of the embedding for a tokenizer's vocabulary; ValueError for too few."""
-        rows = self.vocab_size or vocab_size
-        if rows < vocab_size:
+    def rows(self, vocab_size: int, *, mask: bool = False) -> int:
+        """Return the rows of the embedding for a tokenizer's vocabulary; ValueError for too few.
+
+        With mask one of them, behind the tokenizer's ids, is the mask token's.
+        """
+        least = vocab_size + mask
+        where, rows = "model.vocab_size", self.vocab_size or least
+        if self.init_from is not None:
+            where, rows = f"vocab_size of {self.init_from}", self._initial().vocab_size
+        if rows < least:
+            more = f" and the mask token, {least}" if mask else ""
             raise ValueError(
-                f"model.vocab_size is {rows}; expected at least the tokenizer's {vocab_size}; "
-                "leave it out or raise it"
+                f"{where} is {rows}; expected at least the tokenizer's {vocab_size}{more}; "
+                + ("take another checkpoint" if self.init_from else "leave it out or raise it")
             )
         return rows
 
+    def _initial(self) -> DecoderConfig:
+        return checkpoint.read_config(checkpoint.find_model(self.init_from or ""))
+
     def build(
-        self, vocab_size: int, *, pad: int | None, bos: int | None, eos: int | None
+        self,
+        vocab_size: int,
+        *,
+        pad: int | None,
+        bos: int | None,
+        eos: int | None,
+        mask: bool = False,
     ) -> DecoderConfig:
-        """Return the model's configuration for a tokenizer's vocabulary and special ids."""
-        rows = self.rows(vocab_size)
+        """Return the model's configuration for a tokenizer's vocabulary and special ids.
+
+        With mask the id behind the vocabulary is the mask token.
+        """
+        rows = self.rows(vocab_size, mask=mask)
         if self.name is not None:
             config = zoo.get(self.name, vocab_size=rows)
+        elif self.init_from is not None:
+            config = self._initial()
         elif self.blocks is not None:
             config = DecoderConfig(
                 vocab_size=rows, model_dim=self.model_dim or 0, blocks=self.blocks
@@ -92,15 +130,17 @@ class ModelConfig(Config):
             )
         own = {
             key: getattr(self, key)
-            for key in ("tie_embeddings", "dropout", "init_std")
+            for key in ("causal", "tie_embeddings", "dropout", "init_std")
             if getattr(self, key) is not None
         }
         ids = {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
+        if mask:
+            ids["mask_token_id"] = vocab_size
         return DecoderConfig.model_validate({**config.model_dump(), **own, **ids})
 
 
 class DataConfig(Config):
-    """The corpus.
+    """The corpus. Classification reads JSON lines at one path, and no weights, epochs or packing.
 
     Attributes:
         path: a file, a glob or a folder of text, a folder that `transnormer tokenize` made, or
@@ -111,7 +151,7 @@ class DataConfig(Config):
         tokenizer: `bytes`, `bpe:N` (a byte-level BPE of N tokens trained on the training part), or
             the path of a tokenizer. None is the tokenizer that belongs to a tokenised path, else
             `bytes`.
-        seq: tokens of one sample.
+        seq: tokens of one sample; of a text to classify, the most that are read.
         packing: `stream` cuts the corpus into samples that carry on across documents; `documents`
             starts every document from an empty state.
         heldout: what is kept out of training: a share of each path of text (the end of a single
@@ -174,7 +214,8 @@ class TrainConfig(Config):
         tokens_per_step: a multiple of data.seq: one update's samples times data.seq.
         seed: of initialisation, dropout and the order of samples.
         eval_every: steps between evaluations on the held-out part; 0 is only before and after.
-        eval_bytes: evaluate on so many bytes, spread over the held-out part; 0 is all of it.
+        eval_bytes: evaluate on so many bytes, spread over the held-out part; 0 is all of it, and
+            the one that classification takes.
         save_every: steps between checkpoints; 0 is only at the end.
         keep_last: checkpoints that are kept; 0 keeps all.
         precision: `auto` is bfloat16 autocast on a GPU and on a CPU with AMX, float32 elsewhere.
@@ -228,6 +269,7 @@ class RunConfig(Config):
     data: DataConfig
     train: TrainConfig
     output: OutputConfig
+    objective: ObjectiveConfig = CausalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
 
@@ -246,6 +288,52 @@ class RunConfig(Config):
                 f"{self.samples_per_step} samples of a step (tokens_per_step / data.seq)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "RunConfig":
+        if self.model.init_from is None:
+            self.check_causality()
+        if isinstance(self.objective, ClassificationConfig):
+            self._check_classification(self.objective)
+        return self
+
+    def _check_classification(self, objective: ClassificationConfig) -> None:
+        """Raise ValueError for keys that mean nothing where texts have a class each."""
+        fixed = {
+            "data.packing": (self.data.packing, "stream"),
+            "data.weights": (self.data.weights, None),
+            "data.epochs": (self.data.epochs, None),
+            "train.eval_bytes": (self.train.eval_bytes, 0),
+            "model.tie_embeddings": (self.model.tie_embeddings, None),
+        }
+        for key, (value, only) in fixed.items():
+            if value != only:
+                raise ValueError(
+                    f"{key} is {value}; expected it unset: it means nothing to objective.kind = "
+                    "'classification'; leave it out"
+                )
+        if len(self.data.paths) > 1 or self.data.paths[0] == EMBEDDED:
+            raise ValueError(
+                f"data.path is {self.data.path!r}; expected one path of JSON lines with "
+                f"{objective.text_field!r} and {objective.label_field!r} for objective.kind = "
+                "'classification'"
+            )
+
+    def check_causality(self) -> None:
+        """Raise ValueError where the objective cannot train a model of this causality."""
+        wanted = self.objective.causal
+        causal = self.model.build(1, pad=None, bos=None, eos=None).causal
+        if wanted is None or causal is wanted:
+            return
+        why = (
+            "would see the tokens that it predicts"
+            if wanted
+            else "sees nothing behind a hidden token"
+        )
+        raise ValueError(
+            f"model.causal is {str(causal).lower()}; expected {str(wanted).lower()} for "
+            f"objective.kind = {self.objective.kind!r}: such a model {why}; set one of the two"
+        )
 
     @property
     def samples_per_step(self) -> int:

@@ -1,10 +1,12 @@
 """How several processes train one model: the hooks that the trainer calls, and one process."""
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from transnormer.models.decoder import Decoder
+from transnormer.models.checkpoint import AnyModel
+
+ModelT = TypeVar("ModelT", bound=AnyModel)
 
 
 class GradSync(Protocol):
@@ -20,7 +22,7 @@ class GradSync(Protocol):
     rank: int
     world_size: int
 
-    def wrap(self, model: Decoder) -> Decoder:
+    def wrap(self, model: ModelT) -> ModelT:
         """Prepare the model, once, before its optimizer is built."""
         ...
 
@@ -28,11 +30,11 @@ class GradSync(Protocol):
         """Return values, float64 [n], summed over all processes."""
         ...
 
-    def after_backward(self, model: Decoder) -> None:
+    def after_backward(self, model: AnyModel) -> None:
         """Make the gradients the sums over all processes, once a step."""
         ...
 
-    def after_step(self, model: Decoder, step: int) -> None:
+    def after_step(self, model: AnyModel, step: int) -> None:
         """Act on the updated parameters after update number `step` (from 1)."""
         ...
 
@@ -43,7 +45,7 @@ class OneProcess:
     rank = 0
     world_size = 1
 
-    def wrap(self, model: Decoder) -> Decoder:
+    def wrap(self, model: ModelT) -> ModelT:
         """Return the model as it is."""
         return model
 
@@ -51,8 +53,8 @@ class OneProcess:
         """Return the values: there is nobody else."""
         return values
 
-    def after_backward(self, model: Decoder) -> None:
+    def after_backward(self, model: AnyModel) -> None:
         """Leave the gradients."""
 
-    def after_step(self, model: Decoder, step: int) -> None:
+    def after_step(self, model: AnyModel, step: int) -> None:
         """Leave the parameters."""

@@ -1,19 +1,16 @@
 """The training loop: one process's part of a run, from a configuration to a trained model."""
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from transnormer.data import Batch, Loader, label_bytes, token_lengths
 from transnormer.models import checkpoint
-from transnormer.models.decoder import Decoder
 from transnormer.optim import build_optimizer
 from transnormer.parallel import current_world
 from transnormer.train import checkpoints
@@ -23,14 +20,18 @@ from transnormer.train.divergence import check_finite, check_parameters
 from transnormer.train.evaluation import Evaluate, evaluate_until
 from transnormer.train.metrics import (
     EVALUATIONS,
-    EvaluationReport,
+    HeldoutReport,
     Progress,
     Quiet,
     Records,
     StepReport,
     draw_loss,
+    figures,
     read_records,
 )
+from transnormer.train.objectives import OBJECTIVES, Objective, Setting
+from transnormer.train.objectives.base import to_device
+from transnormer.train.objectives.causal import bits_per_byte
 from transnormer.train.precision import autocast_for, choose_device, choose_precision
 from transnormer.train.recipe import RunConfig
 from transnormer.train.run_directory import (
@@ -42,7 +43,6 @@ from transnormer.train.run_directory import (
 )
 from transnormer.train.signals import SignalName, Stop, stop_requests, termination_raises
 from transnormer.train.sync import GradSync, OneProcess
-from transnormer.train.training_data import TrainingData, open_training_data, sample_texts
 
 StoppedBy = Literal["steps", "max_minutes"] | SignalName
 
@@ -63,8 +63,8 @@ class TrainResult(NamedTuple):
     step: int
     stopped_by: StoppedBy
     checkpoint: Path
-    first: EvaluationReport | None
-    last: EvaluationReport | None
+    first: HeldoutReport | None
+    last: HeldoutReport | None
     seconds: float
 
 
@@ -86,7 +86,8 @@ def run_training(
     Args:
         config: the run.
         resume: continue from the newest whole checkpoint; at step 0 where there is none.
-        evaluate: scores held-out texts with the model (in eval mode); None never evaluates.
+        evaluate: scores held-out texts with a causal model (in eval mode); None never does. The
+            other objectives score their held-out part themselves.
         progress: is told of every step and evaluation, and what the run is about to do.
         sync: how this process works with others; None is alone.
 
@@ -114,10 +115,18 @@ def run_training(
         open_run(config, resume=resume) as run,
     ):
         with preparation(run, config):
-            data = open_training_data(config, run_dir / DATA, progress.message)
-            trainer = Trainer(
-                config, run_dir, data, device, evaluate, progress, sync or OneProcess()
+            sync = sync or OneProcess()
+            objective = OBJECTIVES[config.objective.kind](
+                Setting(
+                    config,
+                    run_dir / DATA,
+                    progress.message,
+                    evaluate,
+                    sync.rank,
+                    sync.world_size,
+                )
             )
+            trainer = Trainer(config, run_dir, objective, device, progress, sync)
             trainer.start(resume=resume)
         try:
             return trainer.run()
@@ -126,45 +135,27 @@ def run_training(
 
 
 class Trainer:
-    """One run in memory: model, optimizer, data and records."""
+    """One run in memory: objective, model, optimizer and records."""
 
     def __init__(
         self,
         config: RunConfig,
         run_dir: Path,
-        data: TrainingData,
+        objective: Objective,
         device: torch.device,
-        evaluate: Evaluate | None,
         progress: Progress,
         sync: GradSync,
     ) -> None:
         train = config.train
-        self.config, self.run_dir, self.data = config, run_dir, data
-        self.progress, self.sync, self.evaluate = progress, sync, evaluate
-        self.device = device
+        self.config, self.run_dir, self.objective = config, run_dir, objective
+        self.progress, self.sync, self.device = progress, sync, device
         if self.device.type == "cpu":
             keep_freed_memory()
         precision = choose_precision(train.precision, device)
         self.counters = Counters(step=0, next_sample=0, tokens=0, seconds=0.0, precision=precision)
         self.parts = config.samples_per_step // config.micro_batch // sync.world_size
-        self.loader = Loader(
-            data.sources,
-            seq=config.data.seq,
-            batch=config.micro_batch * sync.world_size,
-            seed=train.seed,
-            packing=config.data.packing,
-        ).for_rank(sync.rank, sync.world_size)
-        self.lengths = token_lengths(data.tokenizer)
-        self.heldout = sample_texts(data.heldout, train.eval_bytes)
         torch.manual_seed(train.seed)
-        tokenizer = data.tokenizer
-        decoder = config.model.build(
-            tokenizer.vocab_size,
-            pad=tokenizer.pad_id,
-            bos=tokenizer.bos_id,
-            eos=tokenizer.eos_id,
-        )
-        self.model = sync.wrap(Decoder(decoder).to(self.device))
+        self.model = sync.wrap(objective.build_model().to(device))
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.records: Records | None = None
 
@@ -184,12 +175,12 @@ class Trainer:
         elif resume:
             self.progress.message(f"no checkpoint in {self.run_dir}: starting at step 0")
         resolved = {
-            "decoder": self.model.config.model_dump(mode="json"),
+            **checkpoint.describe(self.model),
             "parameters": self.model.num_parameters(),
             "precision": self.counters.precision,
             "device": str(self.device),
-            "tokenizer": self.data.tokenizer.fingerprint,
-            "training_tokens": [len(source) for source, _ in self.data.sources],
+            "tokenizer": self.objective.tokenizer.fingerprint,
+            **self.objective.facts(),
         }
         write_config(self.run_dir, self.config, resolved)
         self.progress.message(
@@ -208,7 +199,7 @@ class Trainer:
             )
         # Copied into the fresh model: where a tensor lies in memory can change the last bit of a
         # product, and a run from step 0 has its weights in memory of this kind.
-        self.model.load_state_dict(checkpoint.load(path, device=self.device).state_dict())
+        self.model.load_state_dict(checkpoint.load_any(path, device=self.device).state_dict())
         checkpoints.restore_training_state(path, self.optimizer)
         self.counters = counters
         self.progress.message(f"continuing from {path}")
@@ -269,13 +260,13 @@ class Trainer:
         """Make one update from `parts` forward passes, and record it."""
         began = time.perf_counter()
         config, done = self.config, self.counters
-        batches = [self.loader.batch(done.step * self.parts + i) for i in range(self.parts)]
-        valid, text_bytes = self.sync.total(self._counts(batches)).tolist()
-        nats = self._backward(batches, valid)
+        batches = [self.objective.batch(done.step * self.parts + i) for i in range(self.parts)]
+        labels, tokens, text_bytes = self.sync.total(self._counts(batches)).tolist()
+        nats = self._backward(batches, labels)
         self.sync.after_backward(self.model)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
-        loss = self.sync.total(nats.reshape(1)).item() / max(valid, 1.0)
+        loss = self.sync.total(nats.reshape(1)).item() / max(labels, 1.0)
         check_finite({"loss": loss, "grad_norm": norm.item()}, done.step + 1, self.run_dir)
         if config.optimizer.clip:
             clip_grads_with_norm_(self.model.parameters(), config.optimizer.clip, norm)
@@ -288,47 +279,43 @@ class Trainer:
         self.counters = Counters(
             step=done.step + 1,
             next_sample=done.next_sample + config.samples_per_step,
-            tokens=done.tokens + config.train.tokens_per_step,
+            tokens=done.tokens + int(tokens),
             seconds=now - self.clock,
             precision=done.precision,
         )
         report = StepReport(
             step=self.counters.step,
             loss=loss,
-            bits_per_byte=loss * valid / math.log(2) / max(text_bytes, 1.0),
+            bits_per_byte=(
+                bits_per_byte(loss * labels, text_bytes) if self.objective.scores_text else None
+            ),
             grad_norm=norm.item(),
             lr=lr,
             tokens=self.counters.tokens,
-            tokens_per_second=config.train.tokens_per_step / (now - began),
+            tokens_per_second=tokens / (now - began),
             seconds=self.counters.seconds,
         )
         assert self.records is not None
         self.records.step(report)
         self.progress.step(report, config.train.steps)
 
-    def _counts(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the valid labels and their bytes, float64 [2]."""
-        valid = sum(int((batch.labels >= 0).sum()) for batch in batches)
-        text_bytes = sum(label_bytes(batch, self.lengths, self.data.tokenizer) for batch in batches)
-        return torch.tensor([valid, text_bytes], dtype=torch.float64, device=self.device)
+    def _counts(self, batches: Sequence[Any]) -> Tensor:
+        """Return the sums of the batches' Counts, float64 [3]."""
+        counts = [self.objective.counts(batch) for batch in batches]
+        return torch.tensor(counts, dtype=torch.float64).sum(0).to(self.device)
 
-    def _backward(self, batches: Sequence[Batch], valid: float) -> Tensor:
+    def _backward(self, batches: Sequence[Any], labels: float) -> Tensor:
         """Add up the gradients of the batches; return their summed loss in nats, float64.
 
-        Each batch is divided by the valid labels of all of them: a step's gradient is that of one
-        large batch whatever the number of parts.
+        Each batch is divided by the labels of all of them: a step's gradient is that of one large
+        batch whatever the number of parts.
         """
         self.model.train()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            input_ids, labels, cu_seqlens = (
-                None if part is None else part.to(self.device, non_blocking=True) for part in batch
-            )
-            assert input_ids is not None
-            assert labels is not None
             with self._autocast():
-                loss = self.model.loss(input_ids, labels, reduction="sum", cu_seqlens=cu_seqlens)
-            (loss / max(valid, 1.0)).backward()
+                loss = self.objective.loss(self.model, to_device(batch, self.device))
+            (loss / max(labels, 1.0)).backward()
             nats += loss.detach()
         return nats
 
@@ -343,13 +330,14 @@ class Trainer:
             self.run_dir,
             self.model,
             self.optimizer,
-            self.data.tokenizer,
+            self.objective.tokenizer,
             self.counters,
             keep_last=self.config.train.keep_last,
         )
 
-    def _evaluations(self) -> list[EvaluationReport]:
-        return [EvaluationReport(**row) for row in read_records(self.run_dir / EVALUATIONS)]
+    def _evaluations(self) -> list[HeldoutReport]:
+        rows = read_records(self.run_dir / EVALUATIONS)
+        return [self.objective.report(**row) for row in rows]
 
     def _evaluate_if_due(self, stop: Stop, *, final: bool = False) -> bool:
         """Evaluate before the first step, every eval_every steps and after the last, once each.
@@ -359,29 +347,19 @@ class Trainer:
         """
         step, every = self.counters.step, self.config.train.eval_every
         due = final or step in (0, self.config.train.steps) or (every and step % every == 0)
-        if self.evaluate is None or not self.heldout or not due:
+        if not self.objective.has_heldout or not due:
             return True
         if any(report.step == step for report in self._evaluations()):
             return True
         found = None
         if stop() is None:
-            found = evaluate_until(
-                stop, self.evaluate, self.model, self.data.tokenizer, self.heldout
-            )
+            found = evaluate_until(stop, self.objective.evaluate, self.model)
         if found is None:
             return False
-        self.counters = self.counters.model_copy(
-            update={"seconds": time.perf_counter() - self.clock}
-        )
-        report = EvaluationReport(
-            step=step,
-            loss=found.nats_per_token,
-            bits_per_byte=found.bits_per_byte,
-            tokens=found.tokens,
-            bytes=found.bytes,
-            seconds=self.counters.seconds,
-        )
-        losses = {"held-out loss": report.loss, "held-out bits per byte": report.bits_per_byte}
+        seconds = time.perf_counter() - self.clock
+        self.counters = self.counters.model_copy(update={"seconds": seconds})
+        report = self.objective.report(step=step, seconds=seconds, **found)
+        losses = {f"held-out {name.replace('_', ' ')}": x for name, x in figures(report).items()}
         check_finite(losses, step, self.run_dir)
         assert self.records is not None
         self.records.evaluation(report)

@@ -29,6 +29,7 @@ from transnormer.data.documents import EMBEDDED, find_files
 from transnormer.data.embedded import Split
 from transnormer.data.shards import MANIFEST
 from transnormer.files import atomic_directory, read_json, sha256, write_json
+from transnormer.models.checkpoint import find_tokenizer
 from transnormer.train.recipe import DataConfig, RunConfig
 
 _TOKENIZER, _RECORD = "tokenizer", "data.json"
@@ -125,9 +126,9 @@ def _prepare(config: RunConfig, folder: Path, tell: Callable[[str], None]) -> No
     data = config.data
     _refuse_overlap(data.paths)
     _refuse_share(data)
-    given = _given_tokenizer(data)
+    given = given_tokenizer(config)
     size = bpe_size(data.tokenizer or "") if given is None else given.vocab_size
-    config.model.rows(size or 0)
+    config.model.rows(size or 0, mask=config.objective.kind == "masked")
     texts = [
         None if _tokenised(path) else Corpus(path, heldout=data.heldout) for path in data.paths
     ]
@@ -210,8 +211,21 @@ def _refuse_share(data: DataConfig) -> None:
                 )
 
 
-def _given_tokenizer(data: DataConfig) -> Tokenizer | None:
-    """Return the tokenizer that exists already; None where it must be trained."""
+def given_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """Return the tokenizer that exists already; None where it must be trained.
+
+    Raises ValueError and FileNotFoundError where none is named and none belongs to the data or to
+    model.init_from.
+    """
+    data, initial = config.data, config.model.init_from
+    if data.tokenizer is None and initial is not None:
+        found = find_tokenizer(initial)
+        if found is None:
+            raise FileNotFoundError(
+                f"model.init_from is {initial}, which holds no tokenizer; expected one beside the "
+                "weights; set data.tokenizer to the one it was trained with"
+            )
+        return load_tokenizer(found)
     if data.tokenizer is not None:
         if bpe_size(data.tokenizer) is None:
             return load_tokenizer(data.tokenizer)

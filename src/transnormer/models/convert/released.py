@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transnormer.config import Config, validate
+from transnormer.models.convert.differences import refuse_difference
 from transnormer.models.decoder import BlockConfig, DecoderConfig
 from transnormer.models.tensor_files import StoredTensor
 from transnormer.nn.activations import Activation
@@ -139,7 +140,7 @@ def write(
     """
     fields = _fields_of(config)
     again = _decoder_config(fields, config.tie_embeddings, Path("config.json"))
-    _refuse_difference(_resolved(config), _resolved(again), "config")
+    refuse_difference(_resolved(config), _resolved(again), "config", "released")
     raw: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "architectures": ["TransnormerForCausalLM"],
@@ -313,8 +314,8 @@ def _fields_of(config: DecoderConfig) -> ReleasedConfig:
                     f"{_KINDS[part]}; "
                     "save with layout='transnormer'"
                 )
-    first = config.blocks[0]
-    token_mixer, channel_mixer = first.token_mixer, first.channel_mixer
+    mixers = [x.token_mixer for x in config.blocks if isinstance(x.token_mixer, LightningConfig)]
+    token_mixer, channel_mixer = mixers[0], config.blocks[0].channel_mixer
     assert isinstance(channel_mixer, GluConfig)
     return ReleasedConfig(
         vocab_size=config.vocab_size,
@@ -323,7 +324,7 @@ def _fields_of(config: DecoderConfig) -> ReleasedConfig:
         decoder_attention_heads=token_mixer.heads,
         hidden_dim=token_mixer.hidden_dim or config.model_dim,
         glu_dim=channel_mixer.hidden_dim,
-        linear_use_lrpe_list=tuple(int(block.token_mixer.lrpe) for block in config.blocks),
+        linear_use_lrpe_list=tuple(int(mixer.lrpe) for mixer in mixers),
         linear_act_fun=token_mixer.qk_activation,
         no_scale_embedding=not config.embedding_scale,
         bias=token_mixer.bias,
@@ -344,18 +345,3 @@ def _resolved(config: DecoderConfig) -> dict[str, Any]:
         if mixer["gate"] != "low_rank":
             mixer["gate_rank"] = None
     return table
-
-
-def _refuse_difference(have: Any, can: Any, where: str) -> None:
-    """Raise NotImplementedError naming the first field in which two tables differ."""
-    if isinstance(have, dict) and isinstance(can, dict):
-        for key, value in have.items():
-            _refuse_difference(value, can.get(key), f"{where}.{key}")
-    elif isinstance(have, list | tuple) and isinstance(can, list | tuple):
-        for index, (value, other) in enumerate(zip(have, can, strict=True)):
-            _refuse_difference(value, other, f"{where}[{index}]")
-    elif have != can:
-        raise NotImplementedError(
-            f"{where} is {have!r}; expected {can!r}, which is all that the released layout can "
-            "say here; save with layout='transnormer'"
-        )

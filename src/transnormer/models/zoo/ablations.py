@@ -5,7 +5,7 @@ from collections.abc import Callable
 from transnormer.models.decoder import BlockConfig, DecoderConfig
 from transnormer.nn.channel_mixers import GluConfig
 from transnormer.nn.norms import NormConfig
-from transnormer.nn.token_mixers import LightningConfig
+from transnormer.nn.token_mixers import LightningConfig, TokenMixerConfig
 
 _Change = Callable[[DecoderConfig], DecoderConfig]
 
@@ -19,7 +19,8 @@ def _mixers(**update: object) -> _Change:
     return change
 
 
-def _updated(mixer: LightningConfig, update: dict[str, object]) -> LightningConfig:
+def _updated(mixer: TokenMixerConfig, update: dict[str, object]) -> TokenMixerConfig:
+    assert isinstance(mixer, LightningConfig)
     return LightningConfig.model_validate({**mixer.model_dump(), **update})
 
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from transnormer.models.decoder import BlockConfig, DecoderConfig
+from transnormer.models.zoo.scaling import SCALING_VOCAB_SIZE, scaling_size
 from transnormer.nn.channel_mixers import GluConfig
 from transnormer.nn.token_mixers import LightningConfig
 
@@ -75,3 +76,24 @@ def tnl(size: str, vocab_size: int | None = None) -> DecoderConfig:
         glu_dim=row.glu_dim,
     )
     return config.model_copy(update={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+
+
+def tnl_scaling(size: str, vocab_size: int = SCALING_VOCAB_SIZE) -> DecoderConfig:
+    """TNL as the scaling laws of linear attention have it: a sigmoid gate through head_dim.
+
+    Shen et al. 2024, arXiv:2406.16690, section 2; the rest as TransNormerLLM.
+
+    Args:
+        size: "70m", "160m", "410m", "1b", "3b" or "7b".
+        vocab_size: rows of the embedding, which is the head too.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    config = tnl_custom(vocab_size=vocab_size, **scaling_size(size)._asdict())
+    gate = {"gate": "low_rank", "gate_activation": "sigmoid"}
+    blocks = tuple(
+        block.model_copy(update={"token_mixer": block.token_mixer.model_copy(update=gate)})
+        for block in config.blocks
+    )
+    return config.model_copy(update={"blocks": blocks})

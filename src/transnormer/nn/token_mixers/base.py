@@ -1,7 +1,7 @@
 """What all token mixers have in common: the base of their configurations and of their modules."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,14 @@ class TokenMixerBase(Config):
 
 
 class TokenMixer(nn.Module, ABC):
-    """Base of the modules that move information along the sequence."""
+    """Base of the modules that move information along the sequence.
+
+    Attributes:
+        may_drop_state: ``forward`` also takes keep_state; False where the caller has no use for the
+            state and it would cost memory.
+    """
+
+    may_drop_state: ClassVar[bool] = False
 
     @abstractmethod
     def forward(
@@ -64,6 +71,17 @@ class TokenMixer(nn.Module, ABC):
         Returns:
             y, [batch, seq, model_dim], and the state after the last token (None where the mixer is
             not causal).
+        """
+
+    @abstractmethod
+    def mixing_flops(self, context: int) -> float:
+        """Operations of one token's forward pass that are not those of ``nn.Linear``.
+
+        Products of matrices and recurrences, 2 a multiply-add; norms, activations, gates and
+        positions do not count: they are proportional to model_dim alone.
+
+        Args:
+            context: tokens that this one sees, itself included.
         """
 
     @abstractmethod

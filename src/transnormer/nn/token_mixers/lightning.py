@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transnormer.nn.activations import Activation, activation
 from transnormer.nn.core import LinearAttentionCore
 from transnormer.nn.norms import NormConfig
-from transnormer.nn.positions import Lrpe
+from transnormer.nn.positions import Lrpe, LrpeInit
 from transnormer.nn.precision import KeepPrecision
+from transnormer.nn.rotary import Rotary
 from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.ops.checks import accumulation_dtype
@@ -20,11 +21,18 @@ from transnormer.ops.decay import DecayRule, tnl_log_decay
 class LightningConfig(TokenMixerBase):
     """Lightning attention; the defaults are the released TransNormerLLM's layers after the first.
 
+    NormAttention of TransNormer T1 and T2, norm(phi(Q) (phi(K)^T V)) without decay or gate, is this
+    mixer with other switches: ``zoo.transnormer`` has them.
+
     Attributes:
         heads: attention heads; head_dim is hidden_dim / heads.
         hidden_dim: width of q, k, v and the gate; None is model_dim.
-        lrpe: rotate q and k by LRPE (the released models: first layer only), doubling key_dim.
-        lrpe_init: frequencies over all heads ("global", released) or each head's own ("head").
+        lrpe: rotate q and k by LRPE after their activation (the released models: first layer only).
+        lrpe_form: "doubled" is [x cos; x sin], at twice the key_dim (TransNormerLLM); "rotary"
+            turns pairs of channels after a fixed reflection, theta shared by the heads, at the same
+            key_dim (TransNormer T1 and T2).
+        lrpe_init: of the doubled form: frequencies over all heads ("global", released) or each
+            head's own ("head", or "half" with the lower half of them 0), see ``Lrpe``.
         decay: rule of the heads' decays, see ``ops.decay``; "none" is plain linear attention.
         decay_temperature: scale the decay by depth (the paper's 1 - l/L).
         qk_activation, v_activation: of q and k, and of v.
@@ -41,7 +49,8 @@ class LightningConfig(TokenMixerBase):
     heads: int = Field(ge=1)
     hidden_dim: int | None = Field(default=None, ge=1)
     lrpe: bool = False
-    lrpe_init: Literal["global", "head"] = "global"
+    lrpe_form: Literal["doubled", "rotary"] = "doubled"
+    lrpe_init: LrpeInit = "global"
     decay: DecayRule = "tnl"
     decay_temperature: bool = True
     qk_activation: Activation = "silu"
@@ -98,7 +107,7 @@ class Lightning(TokenMixer):
     q, k, v, u = x W_qkvu;  q, k = lrpe(silu(q)), lrpe(silu(k));  S_t = exp(g) S_{t-1} + k_t v_t^T;
     y = (norm(merge(q_t S_t)) * u) W_o (Qin et al. 2023, arXiv:2307.14995, section 3.1; the released
     code decides where it differs). The state is [batch, heads, key_dim, value_dim] in float32
-    (float64 for a float64 model); key_dim is doubled by LRPE.
+    (float64 for a float64 model); key_dim is doubled by LRPE in its doubled form.
     """
 
     def __init__(
@@ -117,16 +126,19 @@ class Lightning(TokenMixer):
         self.config = config
         self.head_dim = hidden_dim // config.heads
         self.value_dim = self.head_dim
-        self.key_dim = self.head_dim * (2 if config.lrpe else 1)
+        doubled = config.lrpe and config.lrpe_form == "doubled"
+        self.key_dim = self.head_dim * (2 if doubled else 1)
         parts = 4 if config.gate == "full" else 3
         self.qkvu_proj = nn.Linear(model_dim, parts * hidden_dim, bias=config.bias)
         if config.gate == "low_rank":
             rank = config.gate_rank or self.head_dim
             self.gate_down_proj = nn.Linear(model_dim, rank, bias=config.bias)
             self.gate_up_proj = nn.Linear(rank, hidden_dim, bias=config.bias)
-        self.lrpe = (
-            Lrpe(config.heads, self.head_dim, init=config.lrpe_init) if config.lrpe else None
-        )
+        self.lrpe = None
+        if doubled:
+            self.lrpe = Lrpe(config.heads, self.head_dim, init=config.lrpe_init)
+        elif config.lrpe:
+            self.lrpe = Rotary(self.head_dim, learned=True, reflect=True)
         self.decay = ConstantLogDecay(config, layer_index, num_layers)
         self.core = LinearAttentionCore(causal=causal, implementation=config.implementation)
         self.norm = config.norm.build(hidden_dim)
@@ -165,6 +177,9 @@ class Lightning(TokenMixer):
         else:
             o = self.norm(o) if gate is None else self.norm(o) * gate
         return self.out_proj(o), state
+
+    def mixing_flops(self, context: int) -> float:
+        return self.core.flops_per_token(self.config.heads, self.key_dim, self.value_dim, context)
 
     def empty_state(
         self,

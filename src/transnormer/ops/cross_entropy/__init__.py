@@ -22,7 +22,9 @@ def _tile(x: Tensor, weight: Tensor) -> tuple[int, int]:
     """Rows and vocabulary entries of a tile."""
     elements = _TILE_ELEMENTS.get(x.device.type, _TILE_ELEMENTS_ELSEWHERE)
     rows = max(min(x.shape[0], _TILE_ROWS), 1)
-    width = max(-(-weight.shape[0] // _TILE_SHARE), _TILE_WIDTH)
+    # Of many rows a tile has few, and may be wider: on a GPU each tile costs a dozen launches.
+    share = -(-x.shape[0] * weight.shape[0] // _TILE_SHARE)
+    width = max(-(-share // rows), _TILE_WIDTH)
     return rows, max(min(elements // rows, width), 1)
 
 

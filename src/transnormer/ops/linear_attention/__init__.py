@@ -1,6 +1,6 @@
 """Linear attention with decay: the contract, its checks and the choice of an implementation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from transnormer.ops import checks
 from transnormer.ops.dispatch import Implementation, choose
 from transnormer.ops.linear_attention.chunked import chunked_linear_attention
 from transnormer.ops.linear_attention.constant_decay import constant_decay_attention
+from transnormer.ops.linear_attention.gated_decay import gated_decay_attention
 from transnormer.ops.linear_attention.kernel_devices import (
     HAS_TRITON,
     constant_when_compiled,
@@ -48,6 +49,10 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
+# Whether "auto" takes the kernels for gates.
+_GATES_BY_ITSELF = False
+
+
 @constant_when_compiled
 def _triton_environment(device: torch.device, named: bool) -> str | None:
     """Why Triton kernels cannot run on a device, or None where they can."""
@@ -64,8 +69,8 @@ def _needs_triton(request: Request) -> Exception | None:
     reason = _triton_environment(request.device, request.named)
     if reason is not None:
         return RuntimeError(f"implementation 'triton': {reason}, or use 'auto' or 'chunked'")
-    if request.decay_dims > 1:
-        what, expected = "log_decay is gated", "None or [kv_heads] (constant decay)"
+    if request.decay_dims > 1 and not (request.named or _GATES_BY_ITSELF):
+        what, expected = "log_decay is gated", "None or [kv_heads] unless it is named"
     elif request.dtype == torch.float64:
         what, expected = "q is torch.float64", "float32, bfloat16 or float16"
     elif not (request.key_dim <= 256 and request.value_dim <= 512):
@@ -78,9 +83,18 @@ def _needs_triton(request: Request) -> Exception | None:
     )
 
 
+def _triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """The kernels of the kind of decay."""
+    gated = log_decay is not None and log_decay.dim() > 1
+    run = gated_decay_attention if gated else constant_decay_attention
+    return run(q, k, v, log_decay, **arguments)
+
+
 # The first automatic row that does not refuse runs.
 IMPLEMENTATIONS = (
-    Implementation("triton", _needs_triton, constant_decay_attention),
+    Implementation("triton", _needs_triton, _triton_attention),
     Implementation("chunked", lambda _: None, from_first_to_last(chunked_linear_attention)),
     Implementation("lightning1", _needs_constant_decay, lightning1, False),
     Implementation("reference", lambda _: None, from_first_to_last(recurrence), False),

@@ -111,3 +111,43 @@ def packed_length(heads: int, tokens: int, gpu: Gpu) -> int:
     while length < 1 << 20 and tokens * heads > 4 * gpu.processors * length:
         length *= 2
     return length
+
+
+class GatedTiles(NamedTuple):
+    """Tiles of the kernels for gates; ``chunk`` is the same in all of them."""
+
+    gates: Tiles
+    sweep: Tiles
+    states: Tiles
+    values: Tiles
+    keys: Tiles
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.gates.chunk
+
+
+def gated_tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> GatedTiles:
+    """Tiles for gates with these dims; key_dim up to 256, value_dim up to 512.
+
+    Long chunks mean fewer states to write, short ones fewer registers.
+    """
+    block, values = block_of(key_dim), block_of(value_dim)
+    if dtype == torch.float32:
+        chunk, half = (32, 32) if block <= 64 else (16, 16 if block == 256 else 32)
+        return GatedTiles(
+            gates=Tiles(chunk, min(block, 64), 0, 4, 1),
+            sweep=Tiles(chunk, block, min(values, half), 8, 2),
+            states=Tiles(chunk, min(block, 64), min(values, 64), 4, 2),
+            values=Tiles(chunk, min(block, 64), min(values, 64), 4, 1),
+            keys=Tiles(chunk, min(block, 64), min(values, 32), 4, 1),
+        )
+    chunk = 64 if block <= 128 else 32
+    return GatedTiles(
+        gates=Tiles(chunk, min(block, 64), 0, 4, 1),
+        sweep=Tiles(chunk, block, min(values, 64), 4, 3 if block <= 128 else 2),
+        states=Tiles(chunk, min(block, 64), min(values, 64), 4, 3),
+        values=Tiles(chunk, min(block, 128), min(values, 64), 4, 1),
+        keys=Tiles(chunk, min(block, 64), min(values, 64), 8, 1),
+    )

@@ -1,0 +1,478 @@
+"""Linear attention with gates: scores and decayed tokens of chunks, and sweeps over them, in Triton.
+
+    S_t = exp(g_t) * S_{t-1} + k_t v_t^T;    o_t = scale * q_t S_t        (g_t = log_decay <= 0)
+
+g_t is a number a head (scalar gate) or a vector [key_dim], which decays the rows of S (key gate).
+Layout [batch, seq, heads, dim] with any strides but a contiguous last dim; states are
+[key_dim, value_dim], float32. Sources: Yang et al. 2024, arXiv:2312.06635, section 4 (chunks);
+Qin et al. 2024, arXiv:2404.07904 (HGRN2).
+
+A chunk of C tokens, in the order of the scan from 0, with f the decay of its first token:
+
+    scores[t, s] = sum over d of q_t[d] k_s[d] exp(g_{s+1} + .. + g_t)[d]      (s <= t)
+    entering[t] = q_t exp(g_1 + .. + g_t)      leaving[s] = k_s exp(g_{s+1} + .. + g_{C-1})
+    o = scale * (scores v + entering (f * S));     S = exp(g_0 + .. + g_{C-1}) * S + leaving^T v
+
+``gates_kernel`` makes scores, entering and leaving of all chunks at once, ``sweep_kernel`` walks the
+chunks. f is kept apart because a float16 would lose it: the first row of ``entering`` and the last
+one of ``leaving`` are q and k themselves.
+
+Scores of a key gate do not factor into q_t and k_s times something without decays above 1, which
+overflow. They do for a pair with a boundary between s and t: q_t decayed from the boundary on times
+k_s decayed up to it. So chunks are halved, their halves halved and so on: at level l the tokens
+whose bit l is set are the right halves of blocks of 2^(l+1) tokens. One product of each level's
+tokens with themselves,
+
+    u_t = q_t exp(sum from the boundary to t)  (right),    u_s = k_s exp(sum after s)  (left),
+
+holds the scores of all pairs whose highest different bit is l. Nothing is divided, no difference is
+taken, all exponents are sums of some g, so that 0 and -inf need no care. The sums are products of
+a matrix of 0 and 1 with the gates: no value crosses from row to row by other means. For a scalar
+gate the levels give a mask, as constant decay has one.
+
+Legend: H query heads, G query heads a kv head, T tokens of a batch row, CHUNKS chunks of a batch
+row, C tokens a chunk, W a block of key dims, K key dim, V value dim, BK, BD, BE tile sizes. A *walk* is a run of M chunks one after the other, the work of one program of a sweep.
+"""
+
+import triton
+import triton.language as tl
+
+from transnormer.ops.linear_attention.triton_constant import (
+    as_operand,
+    decay_state,
+    split_decay,
+)
+from transnormer.ops.linear_attention.triton_units import find_unit
+
+# Arguments stand in lines as they belong together; one a line, they would be 400 lines.
+# fmt: off
+
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Decays below 2^-256 are 0 in float32, as is that of -inf.
+_NOTHING: tl.constexpr = tl.constexpr(-256.0)
+
+
+@triton.jit
+def is_right(rows, level):
+    """Whether rows lie in the right halves of the blocks of a level."""
+    return ((rows >> level) & 1) == 1
+
+
+@triton.jit
+def within(rows, low, high):
+    """[C, C]: the columns from low to high of each row; two comparisons an entry, no more."""
+    return (rows[None, :] >= low[:, None]) & (rows[None, :] <= high[:, None])
+
+
+@triton.jit
+def decayed_by(rows, level):
+    """[C, C]: whether at a level u of the row's token is decayed by the gate of the column's."""
+    right, begin = is_right(rows, level), (rows >> level) << level
+    end = rows | ((1 << level) - 1)
+    return within(rows, tl.where(right, begin, rows + 1), tl.where(right, rows, end))
+
+
+@triton.jit
+def decaying(rows, level):
+    """[C, C]: the transpose of decayed_by, whether the row's gate decays u of the column's token."""
+    right, begin = is_right(rows, level), (rows >> level) << level
+    end = rows | ((1 << level) - 1)
+    return within(rows, tl.where(right, rows, begin), tl.where(right, end, rows - 1))
+
+
+@triton.jit
+def level_pairs(rows, level):
+    """[C, C]: pairs of tokens in different halves of the same block of a level."""
+    begin = ((rows >> level) ^ 1) << level
+    return within(rows, begin, begin + (1 << level) - 1)
+
+
+@triton.jit
+def split_gates(gates, PARTS: tl.constexpr):
+    """gates, for exp2 instead of exp, as a sum of one or two float16; products with 0, 1 are exact.
+
+    One part is enough beside products of bfloat16: 11 bits of an exponent, of which those of more
+    than a few units belong to what has decayed away. Two have 22 bits, or are off by 3e-8.
+    """
+    gates = tl.maximum(gates * _LOG2_E, _NOTHING)
+    high = gates.to(tl.float16)
+    if PARTS == 1:
+        return high, high
+    return high, (gates - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def load_ones(ones, rows):
+    """[C, C] ones, from memory: what is selected from them is laid out among the threads as they are.
+
+    Of constants the compiler makes layouts that it writes to shared memory number by number.
+    """
+    return tl.load(ones + rows[:, None] * 0 + rows[None, :])
+
+
+@triton.jit
+def decays_of(which, ones, high, low, PARTS: tl.constexpr):
+    """Decay by the gates that ``which`` [C, C] selects for each row, [C, W]."""
+    which = tl.where(which, ones, 0.0).to(tl.float16)
+    sums = tl.dot(which, high)
+    if PARTS == 2:
+        sums = tl.dot(which, low, acc=sums)
+    return tl.exp2(sums)
+
+
+@triton.jit
+def row_decays(which, gates):
+    """The same for one gate a token, gates [C]: [C]."""
+    return tl.exp(tl.sum(tl.where(which, gates[None, :], 0.0), 1))
+
+
+@triton.jit
+def token_walk(start, length, step, REVERSE: tl.constexpr):
+    """(first token in the order of the scan, its step to the next) of a run of tokens."""
+    if REVERSE:
+        return start + length - 1, -step
+    return start, step
+
+
+@triton.jit
+def decay_mask(gates, rows, LEVELS: tl.constexpr, C: tl.constexpr):
+    """exp of the sum of the gates between each two tokens, [C, C], the same in both triangles."""
+    mask = (rows[:, None] == rows[None, :]).to(tl.float32)
+    for level in range(0, LEVELS):
+        factor = row_decays(decayed_by(rows, level), gates)
+        mask = tl.where(level_pairs(rows, level), factor[:, None] * factor[None, :], mask)
+    return mask
+
+
+@triton.jit(do_not_specialize=["T", "CHUNKS", "H", "G"])
+def gates_kernel(
+    q, k, g, ones, scores, entering, leaving, log_first, log_total, table, q_batch, q_token, q_head,
+    k_batch, k_token, k_head, g_batch, g_token, g_head, T, CHUNKS, H, G, K: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, SCALAR: tl.constexpr,
+    PARTS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores, decayed queries and keys and decays of one chunk and query head.
+
+    scores [chunks, H, C, C], entering [chunks, H, C, K] and leaving [chunks, H / G, C, K] have
+    their tokens in the order of the scan, 0 beyond the last one. log_first and log_total
+    [chunks, H / G, K or 1] are float32. ones has C of them, float16.
+    """
+    program = tl.program_id(0)
+    head = program % H
+    chunk = (program // H).to(tl.int64)
+    sequence, row, start, length, _, _ = find_unit(chunk, table, T, C, CHUNKS, PACKED)
+    if sequence < 0:
+        return
+    kv_head, kv_heads = (head // G).to(tl.int64), H // G
+    owner = head % G == 0
+    rows = tl.arange(0, C)
+    q_at, q_step = token_walk(start, length, tl.cast(q_token, tl.int64), REVERSE)
+    k_at, k_step = token_walk(start, length, tl.cast(k_token, tl.int64), REVERSE)
+    g_at, g_step = token_walk(start, length, tl.cast(g_token, tl.int64), REVERSE)
+    q += row * q_batch + q_at * q_token + head.to(tl.int64) * q_head + rows[:, None] * q_step
+    k += row * k_batch + k_at * k_token + kv_head * k_head + rows[:, None] * k_step
+    g += row * g_batch + g_at * g_token + kv_head * g_head
+    entering += (chunk * H + head) * (C * K) + rows[:, None] * K
+    leaving += (chunk * kv_heads + kv_head) * (C * K) + rows[:, None] * K
+    index = chunk * kv_heads + kv_head
+    inside = rows[:, None] < length
+    later = rows[:, None] < rows[None, :]
+    sums = tl.zeros([C, C], dtype=tl.float32)
+    diagonal = tl.zeros([C], dtype=tl.float32)
+    ones = load_ones(ones, rows)
+    # The first token's gate stands apart.
+    gated = (rows > 0) & (rows < length)
+    if SCALAR:
+        gates = tl.load(g + rows * g_step, mask=gated, other=0.0).to(tl.float32)
+        prefix = row_decays(rows[:, None] >= rows[None, :], gates)[:, None]
+        suffix = row_decays(later, gates)[:, None]
+        if owner:
+            first = tl.load(g, mask=length > 0, other=0.0).to(tl.float32)
+            tl.store(log_first + index, first)
+            tl.store(log_total + index, first + tl.sum(gates, 0))
+    for base in range(0, K, BK):
+        dims = base + tl.arange(0, BK)
+        live = inside & (dims[None, :] < K)
+        q_ = tl.load(q + dims[None, :], mask=live, other=0.0).to(DTYPE)
+        k_ = tl.load(k + dims[None, :], mask=live, other=0.0).to(DTYPE)
+        if SCALAR:
+            sums = tl.dot(q_, tl.trans(k_), acc=sums, input_precision=PRECISION)
+        else:
+            at = g + rows[:, None] * g_step + dims[None, :]
+            chosen = gated[:, None] & (dims[None, :] < K)
+            gates = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
+            if owner:
+                here = (dims < K) & (length > 0)
+                first = tl.load(g + dims, mask=here, other=0.0).to(tl.float32)
+                total = first + tl.sum(gates, 0)
+                tl.store(log_first + index * K + dims, first, mask=dims < K)
+                tl.store(log_total + index * K + dims, total, mask=dims < K)
+            high, low = split_gates(gates, PARTS)
+            products = tl.zeros([C, C], dtype=tl.float32)
+            for i in range(0, LEVELS):
+                level = LEVELS - 1 - i
+                right = is_right(rows, level)[:, None]
+                factor = decays_of(decayed_by(rows, level), ones, high, low, PARTS)
+                u = (tl.where(right, q_, k_).to(tl.float32) * factor).to(DTYPE)
+                new = tl.dot(u, tl.trans(u), input_precision=PRECISION)
+                # What is no pair of this level is one of a lower level, or above the diagonal.
+                begin = (rows >> (level + 1)) << (level + 1)
+                products = tl.where(rows[None, :] >= begin[:, None], new, products)
+            sums += products
+            diagonal += tl.sum(q_.to(tl.float32) * k_.to(tl.float32), 1)
+            prefix = decays_of(rows[:, None] >= rows[None, :], ones, high, low, PARTS)
+            suffix = decays_of(later, ones, high, low, PARTS)
+        decayed = (q_.to(tl.float32) * prefix).to(entering.dtype.element_ty)
+        tl.store(entering + dims[None, :], decayed, mask=dims[None, :] < K)
+        if owner:
+            decayed = (k_.to(tl.float32) * suffix).to(leaving.dtype.element_ty)
+            tl.store(leaving + dims[None, :], decayed, mask=dims[None, :] < K)
+    if SCALAR:
+        sums = tl.where(later, 0.0, sums * decay_mask(gates, rows, LEVELS, C))
+    else:
+        sums = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], sums)
+        sums = tl.where(later, 0.0, sums)
+    at = scores + (chunk * H + head) * (C * C) + rows[:, None] * C + rows[None, :]
+    tl.store(at, sums.to(scores.dtype.element_ty))
+
+
+@triton.jit
+def find_walk(walk, first_unit, N, CHUNKS, M, SEGMENTS, PACKED: tl.constexpr):
+    """(first chunk, number of chunks) of a walk; packed, walks cross the bounds of sequences."""
+    if PACKED:
+        begin = walk.to(tl.int64) * M
+        end = tl.load(first_unit + N)
+    else:
+        row = (walk // SEGMENTS).to(tl.int64)
+        begin = row * CHUNKS + (walk % SEGMENTS).to(tl.int64) * M
+        end = (row + 1) * CHUNKS
+    return begin, tl.maximum(tl.minimum(end - begin, M), 0)
+
+
+@triton.jit
+def load_vector(pointer, index, dims, K: tl.constexpr, SCALAR: tl.constexpr):
+    """Decays of a chunk, a number for each of dims."""
+    if SCALAR:
+        return tl.load(pointer + index + dims * 0)
+    return tl.load(pointer + index * K + dims, mask=dims < K, other=0.0)
+
+
+@triton.jit
+def state_tile(dims, values, K: tl.constexpr, V: tl.constexpr):
+    """(offsets, mask) of a tile [values, dims] of a state [K, V]."""
+    return (
+        dims[None, :] * V + values[:, None],
+        (dims[None, :] < K) & (values[:, None] < V),
+    )
+
+
+@triton.jit(do_not_specialize=["T", "CHUNKS", "M", "SEGMENTS", "N", "H", "G"])
+def sweep_kernel(
+    entering, leaving, scores, v, log_first, log_total, initial, entry, o, final, table, first_unit,
+    v_batch, v_token, v_head, T, CHUNKS, M, SEGMENTS, N, H, G, scale, K: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SCALAR: tl.constexpr,
+    INITIAL: tl.constexpr, CARRIED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Outputs of one walk, query head and slice of values, and the final states it reaches.
+
+    ``entry`` [walks, H / G, K, V] is what enters walks, where CARRIED; a sequence that begins in a
+    walk starts from ``initial`` [sequences, H / G, K, V], or 0. S is held as [value, key]: the
+    products with it then take it from registers.
+    """
+    SLICES: tl.constexpr = (V + BE - 1) // BE
+    program = tl.program_id(0)
+    head = (program // SLICES) % H
+    walk = program // (SLICES * H)
+    kv_head, kv_heads = (head // G).to(tl.int64), H // G
+    rows, dims = tl.arange(0, C), tl.arange(0, BD)
+    values = (program % SLICES) * BE + tl.arange(0, BE)
+    offsets, inside = state_tile(dims, values, K, V)
+    begin, count = find_walk(walk, first_unit, N, CHUNKS, M, SEGMENTS, PACKED)
+    state = tl.zeros([BE, BD], dtype=tl.float32)
+    if CARRIED:
+        index = walk.to(tl.int64) * kv_heads + kv_head
+        state = tl.load(entry + index * (K * V) + offsets, mask=inside, other=0.0)
+    elif INITIAL and not PACKED:
+        index = (walk // SEGMENTS).to(tl.int64) * kv_heads + kv_head
+        state = tl.load(initial + index * (K * V) + offsets, mask=inside, other=0.0)
+    v_head_at = v + kv_head * v_head
+    o_token = tl.cast(H, tl.int64) * V
+    for i in tl.range(0, count, num_stages=STAGES):
+        chunk = begin + i
+        if REVERSE:
+            chunk = begin + count - 1 - i
+        sequence, row, start, length, first, last = find_unit(chunk, table, T, C, CHUNKS, PACKED)
+        starts, ends = first, last
+        if REVERSE:
+            starts, ends = last, first
+        if PACKED:
+            if starts:
+                state = tl.zeros([BE, BD], dtype=tl.float32)
+                if INITIAL:
+                    index = sequence * kv_heads + kv_head
+                    state = tl.load(initial + index * (K * V) + offsets, mask=inside, other=0.0)
+        at, step = token_walk(start, length, tl.cast(v_token, tl.int64), REVERSE)
+        v_at = v_head_at + row * v_batch + at * v_token
+        live = (rows[None, :] < length) & (values[:, None] < V)
+        v_ = tl.load(v_at + values[:, None] + rows[None, :] * step, mask=live, other=0.0).to(DTYPE)
+        query, key = (chunk * H + head) * C, (chunk * kv_heads + kv_head) * C
+        tokens = rows[:, None] * K + dims[None, :]
+        if K == BD:
+            q_ = tl.load(entering + query * K + tokens).to(DTYPE)
+            k_ = tl.load(leaving + key * K + tokens).to(DTYPE)
+        else:
+            q_ = tl.load(entering + query * K + tokens, mask=dims[None, :] < K, other=0.0).to(DTYPE)
+            k_ = tl.load(leaving + key * K + tokens, mask=dims[None, :] < K, other=0.0).to(DTYPE)
+        # Transposed by their addresses: [key position, query position].
+        p_ = tl.load(scores + query * C + rows[:, None] + rows[None, :] * C)
+        total = load_vector(log_total, chunk * kv_heads + kv_head, dims, K, SCALAR)
+        decay = tl.exp(load_vector(log_first, chunk * kv_heads + kv_head, dims, K, SCALAR))
+        state_, factor = as_operand(state * decay[None, :], DTYPE)
+        out = tl.dot(state_, tl.trans(q_), input_precision=PRECISION) * factor
+        p_, factor = as_operand(p_, DTYPE)
+        if DTYPE == tl.float16:
+            out += tl.dot(v_, p_, input_precision=PRECISION) * factor
+        else:
+            out = tl.dot(v_, p_, acc=out, input_precision=PRECISION)
+        kept, rest = split_decay(total)
+        state = decay_state(state, kept[None, :], rest[None, :], EXACT)
+        state = tl.dot(v_, k_, acc=state, input_precision=PRECISION)
+        at, step = token_walk(start, length, o_token, REVERSE)
+        o_at = o + (row * T + at) * o_token + head * V
+        out = (out * scale).to(o.dtype.element_ty)
+        tl.store(o_at + values[:, None] + rows[None, :] * step, out, mask=live)
+        if head % G == 0:
+            if ends:
+                index = sequence * kv_heads + kv_head
+                tl.store(final + index * (K * V) + offsets, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "CHUNKS", "M", "SEGMENTS", "N", "H", "G"])
+def states_kernel(
+    a, b, log_first, log_total, initial, entry, states, final, decays, table, first_unit, b_batch,
+    b_token, b_head, T, CHUNKS, M, SEGMENTS, N, H, G, scale, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SCALAR: tl.constexpr, ENDS: tl.constexpr,
+    FINAL: tl.constexpr, GRADIENT: tl.constexpr, INITIAL: tl.constexpr, CARRIED: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
+):
+    """A state before each chunk of a walk, of some dims and values of one head.
+
+    Of the forward pass: S = exp(total) S + a^T b with a the decayed keys and b the values. GRADIENT:
+    against the order of the scan, R = exp(total) R + exp(first) scale a^T b with a the decayed
+    queries and b the gradient of the outputs, R being the gradient of the state that leaves a chunk;
+    a, b and R then have H query heads, G of them a gate. ``states`` [chunks, H, K, V]; final
+    [sequences, H, K, V] gets the state after a sequence where FINAL. ENDS: only the walks' ends are
+    written, states [walks, H, K, V] and the logs of what decays what entered, decays [walks, H, K].
+    """
+    SLICES: tl.constexpr = (V + BE - 1) // BE
+    PIECES: tl.constexpr = (K + BD - 1) // BD
+    AGAINST: tl.constexpr = REVERSE != GRADIENT
+    program = tl.program_id(0)
+    head = (program // (SLICES * PIECES)) % H
+    walk = program // (SLICES * PIECES * H)
+    query_head, gate, gates = head.to(tl.int64), (head // G).to(tl.int64), H // G
+    # The last walk's end is nobody's entry.
+    if ENDS:
+        if AGAINST:
+            done = walk % SEGMENTS == 0
+        else:
+            done = walk % SEGMENTS == SEGMENTS - 1
+        if done:
+            return
+    rows = tl.arange(0, C)
+    dims = (program // SLICES % PIECES) * BD + tl.arange(0, BD)
+    values = (program % SLICES) * BE + tl.arange(0, BE)
+    offsets = dims[:, None] * V + values[None, :]
+    inside = (dims[:, None] < K) & (values[None, :] < V)
+    begin, count = find_walk(walk, first_unit, N, CHUNKS, M, SEGMENTS, PACKED)
+    state = tl.zeros([BD, BE], dtype=tl.float32)
+    decayed = tl.zeros([BD], dtype=tl.float32)
+    owner = head % G == 0
+    if CARRIED:
+        index = walk.to(tl.int64) * H + head
+        state = tl.load(entry + index * (K * V) + offsets, mask=inside, other=0.0)
+    elif INITIAL and not PACKED and not ENDS:
+        index = (walk // SEGMENTS).to(tl.int64) * gates + gate
+        state = tl.load(initial + index * (K * V) + offsets, mask=inside & owner, other=0.0)
+    for i in tl.range(0, count, num_stages=STAGES):
+        chunk = begin + i
+        if AGAINST:
+            chunk = begin + count - 1 - i
+        sequence, row, start, length, first, last = find_unit(chunk, table, T, C, CHUNKS, PACKED)
+        starts, ends = first, last
+        if AGAINST:
+            starts, ends = last, first
+        if PACKED:
+            if starts:
+                state = tl.zeros([BD, BE], dtype=tl.float32)
+                if INITIAL:
+                    at = initial + (sequence * gates + gate) * (K * V) + offsets
+                    state = tl.load(at, mask=inside & owner, other=0.0)
+                # What entered the walk does not reach beyond a sequence.
+                decayed = tl.full([BD], float("-inf"), dtype=tl.float32)
+        index = chunk * H + head
+        if not ENDS:
+            at = states + index * (K * V) + offsets
+            tl.store(at, state.to(states.dtype.element_ty), mask=inside)
+        # Transposed by its addresses.
+        a_at = a + index * (C * K) + dims[:, None] + rows[None, :] * K
+        a_ = tl.load(a_at, mask=dims[:, None] < K, other=0.0).to(DTYPE)
+        at, step = token_walk(start, length, tl.cast(b_token, tl.int64), REVERSE)
+        b_at = b + row * b_batch + at * b_token + query_head * b_head + rows[:, None] * step
+        live = (rows[:, None] < length) & (values[None, :] < V)
+        b_ = tl.load(b_at + values[None, :], mask=live, other=0.0).to(DTYPE)
+        total = load_vector(log_total, chunk * gates + gate, dims, K, SCALAR)
+        kept, rest = split_decay(total)
+        state = decay_state(state, kept[:, None], rest[:, None], EXACT)
+        if GRADIENT:
+            decay = tl.exp(load_vector(log_first, chunk * gates + gate, dims, K, SCALAR)) * scale
+            state += tl.dot(a_, b_, input_precision=PRECISION) * decay[:, None]
+        else:
+            state = tl.dot(a_, b_, acc=state, input_precision=PRECISION)
+        decayed += total
+        if FINAL:
+            if ends:
+                at = final + (sequence * H + head) * (K * V) + offsets
+                tl.store(at, state, mask=inside)
+    if ENDS:
+        index = walk.to(tl.int64) * H + head
+        tl.store(states + index * (K * V) + offsets, state, mask=inside)
+        tl.store(decays + index * K + dims, decayed, mask=(dims < K) & (program % SLICES == 0))
+
+
+@triton.jit(do_not_specialize=["SEGMENTS", "H", "G"])
+def carry_walks_kernel(
+    ends, decays, initial, entry, SEGMENTS, H, G, K: tl.constexpr, V: tl.constexpr,
+    BLOCK: tl.constexpr, INITIAL: tl.constexpr, AGAINST: tl.constexpr,
+):
+    """From the ends of walks to the states that enter them, [rows * SEGMENTS, H, K, V] all.
+
+    A program has BLOCK entries of one row's and head's states. ``initial`` [rows, H / G, K, V]
+    enters at the first head of each group.
+    """
+    BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    entries = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = entries < K * V
+    head = (program // BLOCKS) % H
+    row = (program // (BLOCKS * H)).to(tl.int64)
+    carry = tl.zeros([BLOCK], dtype=tl.float32)
+    if INITIAL:
+        index = row * (H // G) + head // G
+        owner = inside & (head % G == 0)
+        carry = tl.load(initial + index * (K * V) + entries, mask=owner, other=0.0)
+    for i in range(0, SEGMENTS):
+        j = i
+        if AGAINST:
+            j = SEGMENTS - 1 - i
+        index = (row * SEGMENTS + j) * H + head
+        tl.store(entry + index * (K * V) + entries, carry, mask=inside)
+        # The last one's end was not written.
+        live = inside & (i < SEGMENTS - 1)
+        new = tl.load(ends + index * (K * V) + entries, mask=live, other=0.0)
+        kept, rest = split_decay(tl.load(decays + index * K + entries // V, mask=live, other=0.0))
+        carry = carry * kept + carry * rest + new
