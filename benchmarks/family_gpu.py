@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ import torch
 
 from transnormer import load
 from transnormer.data import Loader, TokenSource, label_bytes, open_tokenized, token_lengths
+from transnormer.models import zoo
+from transnormer.models.cost import ModelCost
 from transnormer.models.decoder import Decoder
 from transnormer.optim import build_optimizer
 from transnormer.train import read_run, run_training
@@ -40,6 +43,7 @@ from transnormer.train.recipe import RunConfig
 SPEED_LENGTHS = (2_048, 32_768)
 SPEED_TOKENS = 32_768
 EVALUATION_ROWS = 32
+BASELINE = "small_llama"
 
 
 def heldout_score(model: Decoder, data: Path, seq: int) -> dict[str, float]:
@@ -199,6 +203,47 @@ def speed_of(recipe: Path, data: Path, overrides: list[str]) -> dict[str, Any]:
     return result
 
 
+def table(result: dict[str, Any], recipes: list[Path]) -> str:
+    """What was measured, as Markdown: one row a recipe; averages over the seeds."""
+    scores: dict[str, list[float]] = {}
+    for run in result.get("training", {}).get("runs", []):
+        if "heldout" in run:
+            scores.setdefault(run["recipe"], []).append(run["heldout"]["bits_per_byte"])
+    means = {name: statistics.mean(values) for name, values in scores.items()}
+    speeds = {
+        run["recipe"]: {entry["seq"]: entry for entry in run["lengths"]}
+        for run in result.get("speed", {}).get("runs", [])
+    }
+    baseline = means.get(BASELINE)
+    lines = [
+        "| model | parameters (M), beside the embedding | state at 1,024 / 32,768 tokens (kB) | "
+        "GFLOP a token in training at 1,024 | tokens/s at 2,048 | at 32,768 | "
+        "held-out bits per byte | seeds | of LLaMA |",
+        "|---" * 9 + "|",
+    ]
+    for recipe in recipes:
+        name = recipe.stem
+        config = tomllib.loads(recipe.read_text(encoding="utf-8"))["model"]["name"]
+        cost = ModelCost.of(zoo.get(config))
+        states = [cost.state_bytes(context) / 1e3 for context in (1024, 32_768)]
+        cells = [
+            config.removeprefix("small-"),
+            f"{cost.parameters / 1e6:.1f}, {cost.without_embeddings / 1e6:.1f}",
+            " / ".join(f"{state:,.0f}" for state in states),
+            f"{3 * cost.flops(512).total / 1e9:.3f}",
+        ]
+        for seq in SPEED_LENGTHS:
+            entry = speeds.get(name, {}).get(seq, {})
+            rate = entry.get("tokens_per_second")
+            cells.append(f"{rate:,.0f}" if rate else str(entry.get("error", "-"))[:18])
+        mean = means.get(name)
+        spread = ", ".join(f"{score:.4f}" for score in scores.get(name, []))
+        cells += [f"{mean:.4f}" if mean else "-", spread or "-"]
+        cells.append(f"{mean / baseline:.3f}" if mean and baseline else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def publish(arguments: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
     """Write what was measured over what the file holds of the other measurements."""
     before: dict[str, Any] = {"benchmark": "family_gpu"}
@@ -210,6 +255,8 @@ def publish(arguments: argparse.Namespace, measured: dict[str, Any]) -> dict[str
     text = json.dumps(harness.finite(before), indent=1) + "\n"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text, encoding="utf-8")
+    written = table(before, sorted(arguments.recipes))
+    arguments.output.with_suffix(".md").write_text(written, encoding="utf-8")
     return before
 
 

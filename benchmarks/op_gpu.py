@@ -301,7 +301,11 @@ def run(options: argparse.Namespace, result: dict[str, Any]) -> list[str]:
             ]
     for name in [name for name in options.selected if name in PARTS]:
         try:
-            extra = {"fla": fla_is_tuned(result["rows"])} if name == "host" else {}
+            extra: dict[str, Any] = {}
+            if name == "host":
+                extra = {"fla": fla_is_tuned(result["rows"])}
+            elif name == "gated":
+                extra = {"bandwidth": result["limits"]["copy_gb_per_s"]}
             result[name] = op_gpu_parts.RUN[name](options.implementation, clock, **extra)
             if not result[name].get("within", True):
                 failures.append(f"{name}: errors beyond their limits")

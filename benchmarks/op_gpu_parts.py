@@ -7,6 +7,7 @@ import torch
 from exact import frobenius_error
 from gpu_timing import Clock, gradients
 from op_gpu_attention import ERROR_LIMITS
+from op_gpu_gated import gated
 from op_gpu_rows import (
     DECODE_TARGET,
     FLATNESS_TARGET,
@@ -289,4 +290,5 @@ RUN = {
     "decode": decode,
     "host": host,
     "lightning1": lightning1,
+    "gated": gated,
 }

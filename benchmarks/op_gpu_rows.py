@@ -85,7 +85,7 @@ DTYPE_ROWS = (
     Row(4, 32, 2048, 128, dtype="fp32", peers=False),
     Row(4, 32, 2048, 128, dtype="fp16", peers=False),
 )
-PARTS = ("packed", "flatness", "decode", "host", "lightning1")
+PARTS = ("packed", "flatness", "decode", "host", "lightning1", "gated")
 GROUPS = {
     "attention": tuple(row.name for row in ATTENTION_ROWS),
     "dtypes": tuple(row.name for row in DTYPE_ROWS),

@@ -16,7 +16,7 @@ from torch import Tensor
 from transnormer.ops import linear_attention
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PARTS = ("packed", "flatness", "decode", "host", "lightning1")
+PARTS = ("packed", "flatness", "decode", "host", "lightning1", "gated")
 
 
 def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -59,6 +59,8 @@ KERNEL_STATE = {torch.bfloat16: 3e-3, torch.float16: 3e-3 / 8, torch.float32: 2e
 # Over all heads of a call, against the gradient or its typical size, whichever is larger: one
 # number a head, which random signs may make small while its error stays.
 KERNEL_LOG_DECAY = {torch.bfloat16: 1e-2, torch.float16: 1e-2 / 8, torch.float32: 1e-4}
+# Of a gate's log decay, one a token: sums of products of two things with a gradient's error each.
+KERNEL_GATE_GRADIENT = {torch.bfloat16: 8e-3, torch.float16: 8e-3 / 8, torch.float32: 1e-5}
 # Rows around chunk boundaries, and the last ones, against all rows of the same head.
 KERNEL_UNEVEN = 2.0
 

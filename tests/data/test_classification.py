@@ -197,6 +197,7 @@ def test_a_batch_is_padded_at_the_right(tmp_path: Path) -> None:
     for row in range(4):
         number = int(text_of(batch, row)[:3])
         assert text_of(batch, row) == some(10)[number].text
+        assert int(lengths[row]) == 1 + len(some(10)[number].text)
         assert int(batch.labels[row]) == number % 2
 
 

@@ -10,11 +10,15 @@ import torch
 from decoder_cases import make_ids, make_model, tnl_config, variant_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from transnormer import files
 from transnormer.data import ByteTokenizer
 from transnormer.models import checkpoint, tensor_files
+from transnormer.models.assembly import assemble
 from transnormer.models.decoder import Decoder
+from transnormer.models.tensor_files import StoredTensor
+from transnormer.nn.rotary import Rotary
 
 
 def same_tensors(a: Decoder, b: Decoder) -> bool:
@@ -75,6 +79,22 @@ def test_the_stored_dtype_is_kept(tmp_path: Path) -> None:
         loaded = checkpoint.load(tmp_path / "model")
         assert loaded.embedding.weight.dtype == dtype
         assert loaded.blocks[0].token_mixer.lrpe.theta.dtype.itemsize >= 4
+
+
+def test_stored_buffers_are_kept_beside_computed_ones(tmp_path: Path) -> None:
+    """A module that is reset for its frequencies keeps the reflection that was stored."""
+    exact = nn.Sequential(nn.Linear(2, 2), Rotary(8, reflect=True))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), Rotary(8, reflect=True))
+    stored = {
+        name: StoredTensor(x, tmp_path / "model.safetensors")
+        for name, x in exact.state_dict().items()
+    }
+    assemble(model, stored, tmp_path, str, device=None, dtype=torch.bfloat16)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[1].reflection.dtype == torch.float64
+    assert torch.equal(model[1].reflection, exact[1].reflection)
+    assert torch.equal(model[1].theta, exact[1].theta)
 
 
 def test_shards_hold_the_same_model(saved: Path) -> None:

@@ -60,5 +60,6 @@ def test_names() -> None:
     assert zoo.get("hgrn2-70m", vocab_size=77) == zoo.hgrn2("70m", vocab_size=77)
     assert zoo.get("hgrn1-wt103", vocab_size=77) == zoo.hgrn1("wt103", vocab_size=77)
     for family in (zoo.hgrn1, zoo.hgrn2):
+        assert family("160m", vocab_size=77).vocab_size == 77
         with pytest.raises(ValueError, match=r"size.*'2m'.*160m"):
             family("2m")

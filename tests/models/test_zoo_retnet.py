@@ -54,5 +54,6 @@ def test_the_size_beside_transnormerllm_has_391m() -> None:
 def test_names() -> None:
     assert {f"retnet-{size}" for size in (*TORCHSCALE, "391m")} <= set(zoo.names())
     assert zoo.get("retnet-base", vocab_size=77) == zoo.retnet("base", vocab_size=77)
+    assert zoo.retnet("base", vocab_size=77).vocab_size == 77
     with pytest.raises(ValueError, match=r"size.*'1b'.*391m"):
         zoo.retnet("1b")

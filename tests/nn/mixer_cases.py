@@ -36,9 +36,10 @@ class MixerCase(NamedTuple):
         bidirectional: None: the mixer refuses causal=False; "equivariant": permuted tokens give
             permuted outputs; "positional": they do not.
         sees_all: a bidirectional token sees every other one (False: attention within blocks).
-        compiles: run the torch.compile tests (slow ones: one configuration a kind).
-        rounded: ends of names of parameters, beside projections and norms, that a cast to half precision may
-            round; never frequencies, slopes or decays.
+        compiles: run the torch.compile tests, which are slow, on the last block's mixer: one
+            configuration a kind.
+        rounded: ends of names of parameters, beside projections and norms, that a cast to half
+            precision may round; never frequencies, slopes or decays.
         init_std: of the weights, wide enough that every term matters.
     """
 
@@ -301,10 +302,14 @@ TPE = (
             BlockConfig(norm=None, token_mixer=TpeConfig(exponents=5), channel_mixer=None),
             *twice(LightningConfig(heads=2, lrpe=True, lrpe_init="half", decay="none")),
         ),
+        rounded=("mixing",),
+    ),
+    MixerCase(
+        "tpe-alone",
+        (BlockConfig(norm=None, token_mixer=TpeConfig(), channel_mixer=None),),
         compiles=True,
         rounded=("mixing",),
     ),
-    MixerCase("tpe-alone", twice(TpeConfig()), rounded=("mixing",)),
 )
 
 CASES: tuple[MixerCase, ...] = (

@@ -158,21 +158,35 @@ def test_packed_tokens_of_one_sequence_alone_are_that_sequence() -> None:
 def test_steps_begin_between_a_thousandth_and_a_tenth() -> None:
     mixer = build(oscillation="ssm", delta_rank=3)
     assert mixer.delta_down_proj.weight.shape == (3, DIM)
-    steps = F.softplus(mixer.delta_up_proj.bias)
-    assert steps.min() >= 0.999e-3
-    assert steps.max() <= 0.101
+    wide = EosConfig(key_dim=1, oscillation="ssm").build(600, 0, 1, causal=True)
+    steps = F.softplus(wide.delta_up_proj.bias)
+    assert 0.999e-3 <= steps.min() <= 1.1e-3
+    assert 0.09 <= steps.max() <= 0.101
     exact = torch.arange(1.0, KEY + 1).double()[:, None].expand(KEY, VALUE)
     assert_close(mixer.oscillation.logit[0].exp(), exact, limit=1e-6)
 
 
+def test_operations_count_products_or_entries_of_the_memory() -> None:
+    entries = HEADS * KEY * VALUE
+    for changes in ({"oscillation": "data"}, {"expand": "constant"}, {"oscillation": "data_value"}):
+        assert build(**changes).mixing_flops(1000) == 5 * entries
+    assert build().mixing_flops(1000) == HEADS * (2 * 5 * (KEY + VALUE) + 4 * KEY * VALUE)
+    phase = build(oscillation="phase").mixing_flops(1000)
+    assert phase == HEADS * (2 * 6 * (2 * KEY + VALUE) + 4 * 2 * KEY * VALUE)
+
+
 def test_decays_and_angles_survive_a_cast() -> None:
     for name in ("constant", "slopes", "phase", "ssm"):
-        exact, mixer = build(oscillation=name).oscillation(), build(oscillation=name).bfloat16()
-        assert_close(
-            torch.view_as_real(mixer.oscillation()) if exact.is_complex() else mixer.oscillation(),
-            torch.view_as_real(exact) if exact.is_complex() else exact,
-            limit=1e-7,
-        )
+        exact, cast = build(oscillation=name), build(oscillation=name).bfloat16()
+        for x, y in zip(
+            exact.oscillation.state_dict().values(), cast.oscillation.state_dict().values()
+        ):
+            assert y.dtype == torch.float32
+            assert_close(y, x, limit=1e-7)
+        # What multiplies positions is never rounded.
+        if name in ("slopes", "phase"):
+            assert torch.equal(cast.oscillation(), exact.oscillation())
+        assert cast.oscillation().dtype.itemsize >= 4
 
 
 def test_what_does_not_fit_is_refused() -> None:

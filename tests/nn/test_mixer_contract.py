@@ -19,6 +19,7 @@ from tolerances import (
 )
 from torch import Tensor, nn
 
+from transnormer.models import checkpoint
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.state import DecoderState
 from transnormer.nn.norms import Norm
@@ -438,6 +439,22 @@ def test_weights_and_configuration_round_trip(case: MixerCase) -> None:
     ids = ids_of(1, 70)
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@every_case
+def test_a_bfloat16_model_round_trips_through_a_directory(case: MixerCase, tmp_path: Path) -> None:
+    model = case.model()
+    checkpoint.save(model, tmp_path / "model")
+    rounded = checkpoint.load(tmp_path / "model", dtype=torch.bfloat16)
+    model = model.to(torch.bfloat16)
+    assert rounded.fingerprint() == model.fingerprint()
+    checkpoint.save(model, tmp_path / "model")
+    loaded = checkpoint.load(tmp_path / "model")
+    assert loaded.fingerprint() == model.fingerprint()
+    ids = ids_of(1, 70)
+    with torch.no_grad():
+        # Buffers that are not saved count too, so the outputs are compared.
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 @every_case

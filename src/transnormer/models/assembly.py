@@ -42,23 +42,25 @@ def assemble(
     stored_dtype = _common_dtype(stored, keep, directory, dtype)
     tensors = {}
     for name, (tensor, _) in stored.items():
-        wanted = torch.promote_types(stored_dtype, torch.float32) if name in keep else stored_dtype
+        wanted = torch.promote_types(stored_dtype, keep[name]) if name in keep else stored_dtype
         tensors[name] = tensor.to(device=device or "cpu", dtype=wanted)
-    model.load_state_dict(tensors, assign=True)
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+    for prefix, module in model.named_modules():
+        if any(f"{prefix}.{name}" not in stored for name, _ in module.named_buffers(recurse=False)):
             module.to_empty(device=device or "cpu", recurse=False)
             methodcaller("reset_parameters")(module)
+    # After the buffers that are computed: a module may have stored tensors beside them.
+    model.load_state_dict(tensors, assign=True)
     model.requires_grad_(True).eval()
 
 
-def _kept_precise(model: nn.Module) -> set[str]:
-    """Names of parameters that stay float32 or better in a model of any dtype."""
+def _kept_precise(model: nn.Module) -> dict[str, torch.dtype]:
+    """The lowest dtype of each stored tensor that a model of any dtype keeps precise, by name."""
     return {
-        f"{prefix}.{name}"
+        f"{prefix}.{name}": module.lowest
         for prefix, module in model.named_modules()
         if isinstance(module, KeepPrecision)
-        for name, _ in module.named_parameters(recurse=False)
+        for name in module.state_dict()
+        if "." not in name
     }
 
 
@@ -94,7 +96,7 @@ def _check_tensors(
 
 def _common_dtype(
     stored: Mapping[str, StoredTensor],
-    keep: set[str],
+    keep: Mapping[str, torch.dtype],
     directory: Path,
     dtype: torch.dtype | None,
 ) -> torch.dtype:

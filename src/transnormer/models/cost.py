@@ -1,4 +1,4 @@
-"""What a model costs: parameters, state, floating-point operations and bytes, without running it."""
+"""What a model costs: parameters, state, operations and bytes, without running it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -110,7 +110,7 @@ class ModelCost:
         return self.constant_state_bytes + context * self.state_bytes_per_token
 
     def decode_bytes(self, rows: int, context: int) -> int:
-        """Moved by one decoding step of ``rows`` sequences that have ``context`` tokens behind them.
+        """Moved by a decoding step of ``rows`` sequences with ``context`` tokens behind them.
 
         Weights are read once; a constant state is read and written; a cache is read, and one token
         is written. Activations do not count.

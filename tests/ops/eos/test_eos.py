@@ -200,6 +200,9 @@ def test_a_phase_is_as_exact_after_many_tokens() -> None:
     for name in ("convolution", "doubled"):
         y, _ = eos(i, e, s, log_o=log_o, implementation=name)
         assert abs(y[0, -1, 0, 0].item() - exact) < 1e-5
+    each = log_o.expand(1, 20_000, 1, 2, 1).contiguous()
+    y, _ = eos(i, e, s, log_o=each, implementation="doubled")
+    assert abs(y[0, -1, 0, 0].item() - exact) < 1e-5
 
 
 def test_single_values_take_the_scan() -> None:

@@ -46,3 +46,18 @@ def test_tiles_hold_the_dims_in_powers_of_two(
             wide = 2 * tiles.key_block + tiles.value_block
             loads = (tiles.stages - 1) * tiles.chunk * wide * dtype.itemsize
             assert loads <= small.shared_memory
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key_dim", [4, 16, 96, 128, 200, 256])
+@pytest.mark.parametrize("value_dim", [4, 64, 100, 512])
+def test_tiles_for_gates_share_a_chunk_and_are_powers_of_two(
+    key_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    for small in (Gpu(), Gpu(84, 101_376)):
+        tiles = launch_config.gated_tiles(key_dim, value_dim, dtype, small)
+        assert {tile.chunk for tile in tiles} == {tiles.chunk}
+        assert tiles.sweep.key_block >= key_dim
+        for tile in tiles:
+            sizes = [tile.chunk, tile.key_block, tile.value_block or 16]
+            assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)

@@ -306,13 +306,6 @@ def test_float64_is_refused() -> None:
         attend(*inputs)
 
 
-@pytest.mark.parametrize("decay", ["token", "key"])
-def test_gated_decay_is_refused(decay: str) -> None:
-    inputs = make_inputs(20, decay=decay)
-    with pytest.raises(NotImplementedError, match=r"constant|gated"):
-        attend(*inputs)
-
-
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(260, 32), (32, 516)])
 def test_sizes_beyond_the_contract_are_refused_by_name(key_dim: int, value_dim: int) -> None:
     inputs = make_inputs(20, key_dim=key_dim, value_dim=value_dim)

@@ -12,7 +12,6 @@ from transnormer.models.zoo.eos import eos, eos_custom
 from transnormer.models.zoo.flash import SIZES as _FLASH_SIZES
 from transnormer.models.zoo.flash import flash, flash_custom
 from transnormer.models.zoo.hgrn2 import HGRN1_SIZES as _HGRN1_SIZES
-from transnormer.models.zoo.hgrn2 import SIZES as _HGRN2_SIZES
 from transnormer.models.zoo.hgrn2 import hgrn1, hgrn2
 from transnormer.models.zoo.hybrid import SIZES as _HYBRID_SIZES
 from transnormer.models.zoo.hybrid import hybrid, hybrid_custom
@@ -65,7 +64,7 @@ _FAMILIES = {
     "eos": (eos, _EOS_SIZES),
     "flash": (flash, _FLASH_SIZES),
     "hgrn1": (hgrn1, _HGRN1_SIZES),
-    "hgrn2": (hgrn2, _HGRN2_SIZES),
+    "hgrn2": (hgrn2, _SCALING_SIZES),
     "hybrid": (hybrid, _HYBRID_SIZES),
     "lightnet": (lightnet, _LIGHTNET_SIZES),
     "llama": (llama, _LLAMA_SIZES),

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from transnormer.models.decoder import BlockConfig, DecoderConfig
+from transnormer.models.zoo.scaling import SCALING_VOCAB_SIZE, scaling_size
 from transnormer.nn.channel_mixers import GluConfig
 from transnormer.nn.norms import NormConfig
 from transnormer.nn.token_mixers import Hgrn1Config, Hgrn2Config
@@ -14,28 +15,18 @@ class _Size(NamedTuple):
     glu_dim: int
 
 
-# Shen et al. 2024, arXiv:2406.16690, tables 2 and 7. The GLU width of 1b is printed as 5632, which
-# does not give its parameters; 4096 does.
-SIZES = {
-    "70m": _Size(6, 512, 1536),
-    "160m": _Size(12, 768, 2048),
-    "410m": _Size(26, 1024, 2816),
-    "1b": _Size(32, 1536, 4096),
-    "3b": _Size(35, 2560, 6912),
-    "7b": _Size(32, 4096, 11_008),
-}
-_VOCAB_SIZE = 100_280
 # Qin et al. 2023, arXiv:2311.04823: the released architecture for WikiText-103, whose GLU has the
 # width 2 d. 160m is ours: the depth and width of HGRN2's, and the GLU width that makes up for the
 # larger token mixer (7 d^2 instead of 4 d^2), as a baseline of the same size.
 HGRN1_SIZES = {"wt103": _Size(6, 512, 1024), "160m": _Size(12, 768, 1280)}
-_HGRN1_VOCAB_SIZES = {"wt103": 50_264, "160m": _VOCAB_SIZE}
+_HGRN1_VOCAB_SIZES = {"wt103": 50_264, "160m": SCALING_VOCAB_SIZE}
 _HEAD_DIM = 128
 
 
 def hgrn2(size: str, vocab_size: int | None = None) -> DecoderConfig:
     """HGRN2 of a published size: SRMSNorm, head dim 128, a GLU without activation, no biases.
 
+    Shen et al. 2024, arXiv:2406.16690, tables 2 and 7.
     Norms, activations and initialisation are the released language model's.
 
     Args:
@@ -45,15 +36,13 @@ def hgrn2(size: str, vocab_size: int | None = None) -> DecoderConfig:
     Raises:
         ValueError: an unknown size.
     """
-    if size not in SIZES:
-        raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
-    row = SIZES[size]
+    row = scaling_size(size, deeper=True)
     block = BlockConfig(
         token_mixer=Hgrn2Config(head_dim=_HEAD_DIM),
         channel_mixer=GluConfig(hidden_dim=row.glu_dim),
     )
     return DecoderConfig(
-        vocab_size=vocab_size or _VOCAB_SIZE,
+        vocab_size=vocab_size or SCALING_VOCAB_SIZE,
         model_dim=row.model_dim,
         blocks=(block,) * row.num_layers,
         embedding_scale=False,

@@ -1,40 +1,26 @@
 """LLaMA: the original sizes, and the baseline of the scaling laws of linear attention."""
 
-from typing import NamedTuple
-
 from transnormer.models.decoder import BlockConfig, DecoderConfig
+from transnormer.models.zoo.scaling import (
+    SCALING_SIZES,
+    SCALING_VOCAB_SIZE,
+    ScalingSize,
+    scaling_size,
+)
 from transnormer.nn.channel_mixers import GluConfig
 from transnormer.nn.norms import NormConfig
 from transnormer.nn.token_mixers import SoftmaxConfig
 
-
-class _Size(NamedTuple):
-    num_layers: int
-    model_dim: int
-    heads: int
-    glu_dim: int
-    original: bool = False
-
-
-# First the baseline of Shen et al. 2024, arXiv:2406.16690, tables 2 and 7: head dim 128, tiktoken
-# vocabulary, a shared embedding. The paper prints 16 heads and a GLU width of 5632 for 1b, which
-# give neither its head dim nor its parameters; 12 and 4096 do. Table 2 has 8 heads for 70m and
-# 160m, which is not head dim 128.
-# Then Touvron et al. 2023, arXiv:2302.13971, table 2; the GLU widths are the released ones
-# (2/3 of 4 d, rounded up to a multiple of 256).
-SIZES = {
-    "70m": _Size(6, 512, 4, 1536),
-    "160m": _Size(12, 768, 6, 2048),
-    "410m": _Size(26, 1024, 8, 2816),
-    "1b": _Size(32, 1536, 12, 4096),
-    "3b": _Size(35, 2560, 20, 6912),
-    "7b": _Size(32, 4096, 32, 11_008),
-    "6.7b": _Size(32, 4096, 32, 11_008, original=True),
-    "13b": _Size(40, 5120, 40, 13_824, original=True),
-    "32.5b": _Size(60, 6656, 52, 17_920, original=True),
-    "65b": _Size(80, 8192, 64, 22_016, original=True),
+# Touvron et al. 2023, arXiv:2302.13971, table 2; the GLU widths are the released ones (2/3 of 4 d,
+# rounded up to a multiple of 256).
+_ORIGINAL = {
+    "6.7b": ScalingSize(32, 4096, 32, 11_008),
+    "13b": ScalingSize(40, 5120, 40, 13_824),
+    "32.5b": ScalingSize(60, 6656, 52, 17_920),
+    "65b": ScalingSize(80, 8192, 64, 22_016),
 }
-_VOCAB_SIZE, _ORIGINAL_VOCAB_SIZE = 100_280, 32_000
+SIZES = (*SCALING_SIZES, *_ORIGINAL)
+_ORIGINAL_VOCAB_SIZE = 32_000
 
 
 def llama_custom(
@@ -76,6 +62,9 @@ def llama_custom(
 def llama(size: str, vocab_size: int | None = None) -> DecoderConfig:
     """LLaMA of a published size.
 
+    The scaling laws' baseline (Shen et al. 2024, arXiv:2406.16690, tables 2 and 7) has head dim 128,
+    a tiktoken vocabulary and a shared embedding.
+
     Args:
         size: of the scaling laws "70m", "160m", "410m", "1b", "3b" or "7b", whose head is the
             embedding; of the original "6.7b", "13b", "32.5b" or "65b", whose head is its own.
@@ -86,15 +75,13 @@ def llama(size: str, vocab_size: int | None = None) -> DecoderConfig:
     """
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
-    row = SIZES[size]
+    original = size in _ORIGINAL
+    row = _ORIGINAL[size] if original else scaling_size(size, deeper=True)
     config = llama_custom(
-        vocab_size=vocab_size or (_ORIGINAL_VOCAB_SIZE if row.original else _VOCAB_SIZE),
-        model_dim=row.model_dim,
-        num_layers=row.num_layers,
-        heads=row.heads,
-        glu_dim=row.glu_dim,
-        tie_embeddings=not row.original,
+        vocab_size=vocab_size or (_ORIGINAL_VOCAB_SIZE if original else SCALING_VOCAB_SIZE),
+        tie_embeddings=not original,
+        **row._asdict(),
     )
-    if row.original:
+    if original:
         config = config.model_copy(update={"bos_token_id": 1, "eos_token_id": 2})
     return config

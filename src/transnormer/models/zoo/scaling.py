@@ -26,8 +26,13 @@ SCALING_SIZES = {
 SCALING_VOCAB_SIZE = 100_280
 
 
-def scaling_size(size: str) -> ScalingSize:
-    """The row of a size; raises ValueError for an unknown one."""
+def scaling_size(size: str, *, deeper: bool = False) -> ScalingSize:
+    """The row of a size; ``deeper`` is that of LLaMA and HGRN2.
+
+    Raises:
+        ValueError: an unknown size.
+    """
     if size not in SCALING_SIZES:
         raise ValueError(f"size is {size!r}; expected one of {', '.join(SCALING_SIZES)}")
-    return SCALING_SIZES[size]
+    row = SCALING_SIZES[size]
+    return row._replace(num_layers=26) if deeper and size == "410m" else row

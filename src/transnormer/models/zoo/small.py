@@ -34,11 +34,11 @@ def _sized(config: DecoderConfig, glu_dim: int) -> DecoderConfig:
 
 
 def _cosformer(vocab_size: int) -> DecoderConfig:
-    # The published one has one head of 512 channels.
+    # The published one has one head of 512 channels; this has eight, whose features are 128.
     norm = NormConfig(kind="layer", eps=1e-5)
     block = BlockConfig(
         norm=norm,
-        token_mixer=CosformerConfig(heads=_HEADS, max_positions=_HORIZON),
+        token_mixer=CosformerConfig(heads=8, max_positions=_HORIZON),
         channel_mixer=FfnConfig(hidden_dim=1920, activation="relu", bias=True),
     )
     return DecoderConfig(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transnormer.nn.core import LinearAttentionCore
 from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
-from transnormer.ops.checks import accumulation_dtype, no_autocast, values_are_visible
+from transnormer.ops.checks import accumulation_dtype, values_are_visible
 
 # Columns of ones behind the values, of which the first is read: kernels take multiples of 4.
 _ONES = 4
@@ -49,8 +49,8 @@ class Cosformer(TokenMixer):
     o_i = sum_j w_ij v_j / max(sum_j w_ij, 1e-6),  w_ij = relu(q_i) . relu(k_j) cos(pi (i-j) / 2M),
     over j <= i, or all j without ``causal``. By cos(a - b) = cos a cos b + sin a sin b this is
     linear attention with the features [x cos; x sin]; its values have a column of ones behind them,
-    whose result is the denominator. Features, sums and the division are float32 (float64 for a
-    float64 model). The state is [rows, heads, 2 head_dim, head_dim + 4].
+    whose result is the denominator. Angles, sums and the division are float32 (float64 for a
+    float64 model); features and the results of the sums are rounded to the activations' dtype. The state is [rows, heads, 2 head_dim, head_dim + 4].
     """
 
     def __init__(self, config: CosformerConfig, model_dim: int, *, causal: bool) -> None:
@@ -66,8 +66,8 @@ class Cosformer(TokenMixer):
         )
 
     def _features(self, x: Tensor, angles: Tensor) -> Tensor:
-        x = F.relu(x).to(angles.dtype)
-        return torch.cat([x * angles.cos(), x * angles.sin()], -1)
+        y = F.relu(x).to(angles.dtype)
+        return torch.cat([y * angles.cos(), y * angles.sin()], -1).to(x.dtype)
 
     def forward(
         self,
@@ -96,19 +96,17 @@ class Cosformer(TokenMixer):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         dtype = accumulation_dtype(q.dtype)
         angles = (positions.to(torch.float64) * (math.pi / (2 * most))).to(dtype)[..., None, None]
-        values = F.pad(v.to(dtype), (0, _ONES), value=1.0)
-        with no_autocast(x.device.type):
-            o, state = self.core(
-                self._features(q, angles),
-                self._features(k, angles),
-                values,
-                None,
-                state=state,
-                cu_seqlens=cu_seqlens,
-                mask=mask,
-            )
-        o, denominator = o[..., : self.head_dim], o[..., self.head_dim : self.head_dim + 1]
-        o = (o / denominator.clamp(min=_LEAST)).to(v.dtype)
+        o, state = self.core(
+            self._features(q, angles),
+            self._features(k, angles),
+            F.pad(v, (0, _ONES), value=1.0),
+            None,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+        )
+        o, denominator = o.to(dtype).split([self.head_dim, _ONES], -1)
+        o = (o / denominator[..., :1].clamp(min=_LEAST)).to(v.dtype)
         return self.out_proj(o.flatten(2)), state
 
     def mixing_flops(self, context: int) -> float:

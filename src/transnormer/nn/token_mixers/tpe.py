@@ -189,7 +189,7 @@ def _both_ways(x: Tensor, kernel: Kernel, cu_seqlens: Tensor | None, mask: Tenso
 def _step(x: Tensor, kernel: Kernel, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """One token, x [batch, 1, channels]."""
     after = kernel.log_decay.exp()[:, None] * state + x
-    y = torch.einsum("bec,ce->bc", after, kernel.mixing)[:, None]
+    y = (after * kernel.mixing.mT).sum(1, keepdim=True)
     return y, after if mask is None else torch.where(mask[..., None], after, state)
 
 
@@ -203,7 +203,7 @@ def _places(
     # Real tokens of the batch row before each place.
     before = F.pad(real.to(torch.int64).cumsum(1), (1, 0))
     if cu_seqlens is None:
-        chunks = -(-seq // chunk)
+        chunks = (seq + chunk - 1) // chunk
         counts, bounds = before[:, -1], None
         first = torch.zeros_like(counts)
         slots = before[:, :-1] + torch.arange(batch, device=x.device)[:, None] * (chunks * chunk)
@@ -231,17 +231,18 @@ def _causal(
         return _step(x, kernel, state, mask)
     chunk = _SMALL_CHUNK if seq <= _SMALL_CHUNK else _CHUNK
     if cu_seqlens is None and mask is None:
-        parts = F.pad(x, (0, 0, 0, -seq % chunk)).unflatten(1, (-1, chunk))
+        chunks = (seq + chunk - 1) // chunk
+        parts = F.pad(x, (0, 0, 0, chunks * chunk - seq)).view(batch, chunks, chunk, channels)
         entering = _entering(parts, kernel, state, None)
-        y = _within(parts, kernel) + _from_before(entering, kernel, chunk)
-        last = -(-seq // chunk) - 1
-        rest = torch.full((batch,), seq - last * chunk, device=x.device)
-        return y.flatten(1, 2)[:, :seq], _leaving(parts[:, last], entering[:, last], kernel, rest)
+        y = _outputs(parts, entering, kernel)
+        rest = torch.full((batch,), seq - (chunks - 1) * chunk, device=x.device)
+        after = _leaving(parts[:, -1], entering[:, -1], kernel, rest)
+        return y.reshape(batch, chunks * chunk, channels)[:, :seq], after
     places, chunks = _places(x, chunk, cu_seqlens, mask)
     flat = F.pad(x.flatten(0, 1), (0, 0, 0, 1))
     parts = flat.index_select(0, places.source).view(batch, chunks, chunk, channels)
     entering = _entering(parts, kernel, state, places.bounds)
-    y = _within(parts, kernel) + _from_before(entering, kernel, chunk)
+    y = _outputs(parts, entering, kernel)
     y = F.pad(y.flatten(0, 2), (0, 0, 0, 1)).index_select(0, places.slots).view_as(x)
     last = (places.counts - 1).clamp(min=0) // chunk
     row = torch.arange(state.shape[0], device=x.device) if cu_seqlens is None else 0
@@ -251,27 +252,35 @@ def _causal(
     return y, torch.where(places.counts[:, None, None] > 0, after, state)
 
 
-def _within(parts: Tensor, kernel: Kernel) -> Tensor:
-    """What the tokens of a chunk say to each other: parts is [batch, chunks, chunk, channels]."""
+def _outputs(parts: Tensor, entering: Tensor, kernel: Kernel) -> Tensor:
+    """What a chunk hears from itself and from the state that enters it; one product a channel.
+
+    Args:
+        parts: [batch, chunks, chunk, channels].
+        entering: [batch, chunks, exponents, channels].
+        kernel: of the encoding.
+    """
     step = torch.arange(parts.shape[2], device=parts.device)
-    tau = (step[:, None] * kernel.log_decay).exp() @ kernel.mixing.mT
+    powers = (step[:, None] * kernel.log_decay).exp()
     distance = step[:, None] - step
-    toeplitz = tau[distance.clamp(min=0)].masked_fill((distance < 0)[..., None], 0.0)
-    return torch.einsum("tsc,bnsc->bntc", toeplitz, parts)
-
-
-def _from_before(entering: Tensor, kernel: Kernel, chunk: int) -> Tensor:
-    """What the states that enter the chunks, [batch, chunks, exponents, channels], say in them."""
-    step = torch.arange(1, chunk + 1, device=entering.device)
-    reach = (step[:, None] * kernel.log_decay).exp()[:, None] * kernel.mixing
-    return torch.einsum("tce,bnec->bntc", reach, entering)
+    tau = (powers @ kernel.mixing.mT)[distance.clamp(min=0)]
+    toeplitz = tau.masked_fill((distance < 0)[..., None], 0.0).permute(2, 0, 1)
+    reach = kernel.mixing[:, None] * (powers * kernel.log_decay.exp())
+    # As [channels, .., batch * chunks]. No einsum: with symbolic lengths it takes seconds to trace.
+    batch, chunks, chunk, channels = parts.shape
+    mine, before = (z.flatten(0, 1).permute(2, 1, 0) for z in (parts, entering))
+    y = torch.baddbmm(torch.bmm(toeplitz, mine), reach, before)
+    return y.permute(2, 1, 0).reshape(batch, chunks, chunk, channels)
 
 
 def _entering(parts: Tensor, kernel: Kernel, state: Tensor, bounds: Tensor | None) -> Tensor:
     """The states that enter the chunks: the recurrence of the op, chunks in place of tokens."""
     chunk = parts.shape[2]
     left = chunk - 1 - torch.arange(chunk, device=parts.device)
-    added = torch.einsum("se,bnsc->bnec", (left[:, None] * kernel.log_decay).exp(), parts)
+    weights = (left * kernel.log_decay[:, None]).exp()
+    batch, chunks = parts.shape[:2]
+    added = torch.bmm(weights.expand(batch * chunks, -1, -1), parts.flatten(0, 1))
+    added = added.view(batch, chunks, *added.shape[1:])
     ones = parts.new_ones(*added.shape[:3], 1)
     if bounds is not None:
         state = F.pad(state, (0, 0, 0, 0, 0, 1))
@@ -299,4 +308,4 @@ def _leaving(part: Tensor, entering: Tensor, kernel: Kernel, count: Tensor) -> T
     left = (count[:, None] - 1 - step)[..., None]
     weights = (left.clamp(min=0) * kernel.log_decay).exp().masked_fill(left < 0, 0.0)
     decay = (count[:, None] * kernel.log_decay).exp()[..., None]
-    return decay * entering + torch.einsum("rse,rsc->rec", weights, part)
+    return decay * entering + weights.mT @ part

@@ -58,48 +58,53 @@ def _doubled(o: Tensor, x: Tensor) -> Tensor:
     return x
 
 
-def _memories(o: Tensor | None, x: Tensor, start: Tensor, matmul: bool) -> Tensor:
-    """All memories of a chunk, from what its tokens add and the memory before it."""
-    tokens = x.shape[1]
+def _few(memory: Tensor, matmul: bool) -> bool:
+    return not matmul and memory.numel() < FEW_ENTRIES
+
+
+def _add_decayed(here: Tensor, o: Tensor, t: int, memory: Tensor, matmul: bool) -> Tensor:
+    """here + o_t memory, written to here."""
+    factor = o[:, t if o.shape[1] > 1 else 0]
+    return here.add_(factor @ memory) if matmul else here.addcmul_(factor, memory)
+
+
+def _memories(o: Tensor | None, x: Tensor, memory: Tensor, matmul: bool) -> Tensor:
+    """All memories of a chunk, from the one before it and what its tokens add (overwritten)."""
     if o is None:
-        return x.cumsum(1) + start[:, None]
-    if not matmul and start.numel() < FEW_ENTRIES:
-        first = x[:, :1] + o[:, :1] * start[:, None]
+        return x.cumsum(1) + memory[:, None]
+    if _few(memory, matmul):
+        first = x[:, :1] + o[:, :1] * memory[:, None]
         return _doubled(o, torch.cat([first, x[:, 1:]], 1))
-    memories = []
-    for t in range(tokens):
-        factor = o[:, t if o.shape[1] > 1 else 0]
-        start = factor @ start + x[:, t] if matmul else torch.addcmul(x[:, t], factor, start)
-        memories.append(start)
-    return torch.stack(memories, 1)
-
-
-def _adjoint(o: Tensor, matmul: bool) -> Tensor:
-    return (o.transpose(-1, -2) if matmul else o).conj()
+    for t in range(x.shape[1]):
+        memory = _add_decayed(x[:, t], o, t, memory, matmul)
+    return x
 
 
 def _gradients_of_memories(
     o: Tensor | None, x: Tensor, last: Tensor, matmul: bool
 ) -> tuple[Tensor, Tensor]:
-    """dm of a chunk, and what it sends to the memory before: the same recurrence from its end.
+    """dm of a chunk, and what it sends to the memory before: the recurrence from its end.
 
     Args:
         o: factors of the chunk.
-        x: what each token's output sends to its memory.
+        x: what each token's output sends to its memory; overwritten.
         last: what the tokens behind the chunk send to its last memory.
         matmul: whether factors are matrices.
     """
+    tokens = x.shape[1]
+    x[:, -1].add_(last)
     if o is None:
-        dm = x.flip(1).cumsum(1).flip(1) + last[:, None]
+        dm = x.flip(1).cumsum(1).flip(1)
         return dm, dm[:, 0]
-    o, tokens = _adjoint(o, matmul), x.shape[1]
-    # m_t meets the factor of token t + 1; the last one of the chunk has met it in ``last``.
-    later = o.flip(1)[:, : tokens - 1] if o.shape[1] > 1 else o
-    final = (x[:, -1] + last)[:, None]
-    rest = _memories(later, x[:, :-1].flip(1), final[:, 0], matmul) if tokens > 1 else final[:, :0]
-    dm = torch.cat([final, rest], 1).flip(1)
-    first = o[:, 0]
-    return dm, first @ dm[:, 0] if matmul else first * dm[:, 0]
+    o = (o.transpose(-1, -2) if matmul else o).conj()
+    # m_t meets the factor of token t + 1.
+    if _few(last, matmul):
+        later = torch.cat([o[:, 1:], o[:, :1]], 1) if o.shape[1] > 1 else o
+        x = _doubled(later.flip(1), x.flip(1)).flip(1)
+    else:
+        for t in reversed(range(tokens - 1)):
+            _add_decayed(x[:, t], o, t + 1, x[:, t + 1], matmul)
+    return x, o[:, 0] @ x[:, 0] if matmul else o[:, 0] * x[:, 0]
 
 
 class _Sums:
@@ -148,10 +153,10 @@ class _Scan(torch.autograd.Function):
             memories = _memories(factor, added, memory, matmul)
             y = (_part(s, start, stop)[..., None] * memories).sum(-2)
             outputs.append(y.real if y.is_complex() else y)
-            memory = memories[:, -1]
+            memory = memories[:, -1].clone()
         ctx.save_for_backward(i, e, s, o, *kept)
         ctx.matmul, ctx.size = matmul, size
-        return torch.cat(outputs, 1), memory.clone()
+        return torch.cat(outputs, 1), memory
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,6 @@
 """Linear attention with decay: the contract, its checks and the choice of an implementation."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def _needs_constant_decay(request: Request) -> Exception | None:
 
 
 # Whether "auto" takes the kernels for gates.
-_GATES_BY_ITSELF = False
+_GATES_BY_ITSELF = True
 
 
 @constant_when_compiled
@@ -84,12 +84,23 @@ def _needs_triton(request: Request) -> Exception | None:
 
 
 def _triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **arguments: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels of the kind of decay."""
+    """The kernels for the kind of decay."""
     gated = log_decay is not None and log_decay.dim() > 1
     run = gated_decay_attention if gated else constant_decay_attention
-    return run(q, k, v, log_decay, **arguments)
+    return run(
+        q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
+        reverse=reverse,
+    )  # fmt: skip
 
 
 # The first automatic row that does not refuse runs.

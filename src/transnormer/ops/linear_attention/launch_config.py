@@ -128,10 +128,11 @@ class GatedTiles(NamedTuple):
         return self.gates.chunk
 
 
-def gated_tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> GatedTiles:
+def gated_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu) -> GatedTiles:
     """Tiles for gates with these dims; key_dim up to 256, value_dim up to 512.
 
-    Long chunks mean fewer states to write, short ones fewer registers.
+    Long chunks mean fewer states to write, short ones fewer registers. Four warps are what the
+    products of a chunk of 64 occupy; more would do the same work twice.
     """
     block, values = block_of(key_dim), block_of(value_dim)
     if dtype == torch.float32:
@@ -140,14 +141,16 @@ def gated_tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> GatedTiles:
             gates=Tiles(chunk, min(block, 64), 0, 4, 1),
             sweep=Tiles(chunk, block, min(values, half), 8, 2),
             states=Tiles(chunk, min(block, 64), min(values, 64), 4, 2),
-            values=Tiles(chunk, min(block, 64), min(values, 64), 4, 1),
-            keys=Tiles(chunk, min(block, 64), min(values, 32), 4, 1),
+            values=Tiles(chunk, min(block, 64), min(values, 64), 4, 2),
+            keys=Tiles(chunk, min(block, 64), min(values, 32), 4, 2),
         )
-    chunk = 64 if block <= 128 else 32
+    chunk, stages = 64 if block <= 128 else 32, 3 if block <= 128 else 2
+    if gpu.shared_memory < 196_608:
+        stages = 1
     return GatedTiles(
         gates=Tiles(chunk, min(block, 64), 0, 4, 1),
-        sweep=Tiles(chunk, block, min(values, 64), 4, 3 if block <= 128 else 2),
+        sweep=Tiles(chunk, block, min(values, 64), 4, stages),
         states=Tiles(chunk, min(block, 64), min(values, 64), 4, 3),
         values=Tiles(chunk, min(block, 128), min(values, 64), 4, 1),
-        keys=Tiles(chunk, min(block, 64), min(values, 64), 8, 1),
+        keys=Tiles(chunk, min(block, 64), min(values, 64), 4, 2),
     )

@@ -31,7 +31,8 @@ a matrix of 0 and 1 with the gates: no value crosses from row to row by other me
 gate the levels give a mask, as constant decay has one.
 
 Legend: H query heads, G query heads a kv head, T tokens of a batch row, CHUNKS chunks of a batch
-row, C tokens a chunk, W a block of key dims, K key dim, V value dim, BK, BD, BE tile sizes. A *walk* is a run of M chunks one after the other, the work of one program of a sweep.
+row, C tokens a chunk, W a block of key dims, K key dim, V value dim, BK, BD, BE tile sizes. A
+*walk* is a run of M chunks one after the other, the work of one program of a sweep; N sequences.
 """
 
 import triton
@@ -39,7 +40,6 @@ import triton.language as tl
 
 from transnormer.ops.linear_attention.triton_constant import (
     as_operand,
-    decay_state,
     split_decay,
 )
 from transnormer.ops.linear_attention.triton_units import find_unit
@@ -145,9 +145,18 @@ def decay_mask(gates, rows, LEVELS: tl.constexpr, C: tl.constexpr):
     return mask
 
 
+@triton.jit
+def store_decays(first, total, log_total, at, gate, sum_, inside):
+    """Decays of a chunk, see gates_kernel."""
+    tl.store(first + at, tl.exp(gate), mask=inside)
+    tl.store(total + at, tl.exp(sum_), mask=inside)
+    tl.store(log_total + at, sum_, mask=inside)
+
+
 @triton.jit(do_not_specialize=["T", "CHUNKS", "H", "G"])
 def gates_kernel(
-    q, k, g, ones, scores, entering, leaving, log_first, log_total, table, q_batch, q_token, q_head,
+    q, k, g, ones, scores, entering, leaving, first, total, log_total, table, q_batch, q_token,
+    q_head,
     k_batch, k_token, k_head, g_batch, g_token, g_head, T, CHUNKS, H, G, K: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, SCALAR: tl.constexpr,
     PARTS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
@@ -156,8 +165,9 @@ def gates_kernel(
     """Scores, decayed queries and keys and decays of one chunk and query head.
 
     scores [chunks, H, C, C], entering [chunks, H, C, K] and leaving [chunks, H / G, C, K] have
-    their tokens in the order of the scan, 0 beyond the last one. log_first and log_total
-    [chunks, H / G, K or 1] are float32. ones has C of them, float16.
+    their tokens in the order of the scan, 0 beyond the last one. first and total
+    [chunks, H / G, K or 1], float32, are the decays by the first token and by all of the chunk,
+    log_total the sum of the latter's gates. ones has C of them, float16.
     """
     program = tl.program_id(0)
     head = program % H
@@ -184,14 +194,16 @@ def gates_kernel(
     ones = load_ones(ones, rows)
     # The first token's gate stands apart.
     gated = (rows > 0) & (rows < length)
+    gates = tl.zeros([C], dtype=tl.float32)
+    prefix = tl.zeros([C, BK], dtype=tl.float32)
+    suffix = tl.zeros([C, BK], dtype=tl.float32)
     if SCALAR:
         gates = tl.load(g + rows * g_step, mask=gated, other=0.0).to(tl.float32)
         prefix = row_decays(rows[:, None] >= rows[None, :], gates)[:, None]
         suffix = row_decays(later, gates)[:, None]
         if owner:
-            first = tl.load(g, mask=length > 0, other=0.0).to(tl.float32)
-            tl.store(log_first + index, first)
-            tl.store(log_total + index, first + tl.sum(gates, 0))
+            gate = tl.load(g, mask=length > 0, other=0.0).to(tl.float32)
+            store_decays(first, total, log_total, index, gate, gate + tl.sum(gates, 0), True)
     for base in range(0, K, BK):
         dims = base + tl.arange(0, BK)
         live = inside & (dims[None, :] < K)
@@ -202,14 +214,13 @@ def gates_kernel(
         else:
             at = g + rows[:, None] * g_step + dims[None, :]
             chosen = gated[:, None] & (dims[None, :] < K)
-            gates = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
+            key_gates = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
             if owner:
                 here = (dims < K) & (length > 0)
-                first = tl.load(g + dims, mask=here, other=0.0).to(tl.float32)
-                total = first + tl.sum(gates, 0)
-                tl.store(log_first + index * K + dims, first, mask=dims < K)
-                tl.store(log_total + index * K + dims, total, mask=dims < K)
-            high, low = split_gates(gates, PARTS)
+                gate = tl.load(g + dims, mask=here, other=0.0).to(tl.float32)
+                sum_ = gate + tl.sum(key_gates, 0)
+                store_decays(first, total, log_total, index * K + dims, gate, sum_, dims < K)
+            high, low = split_gates(key_gates, PARTS)
             products = tl.zeros([C, C], dtype=tl.float32)
             for i in range(0, LEVELS):
                 level = LEVELS - 1 - i
@@ -260,6 +271,19 @@ def load_vector(pointer, index, dims, K: tl.constexpr, SCALAR: tl.constexpr):
 
 
 @triton.jit
+def decayed_state(
+    state, total, log_total, index, dims, AXIS: tl.constexpr, K: tl.constexpr,
+    SCALAR: tl.constexpr, EXACT: tl.constexpr,
+):
+    """The state after a chunk's decay; dims run along ``AXIS``. EXACT as in triton_constant."""
+    if EXACT:
+        kept, rest = split_decay(load_vector(log_total, index, dims, K, SCALAR))
+        kept, rest = tl.expand_dims(kept, 1 - AXIS), tl.expand_dims(rest, 1 - AXIS)
+        return state * kept + state * rest
+    return state * tl.expand_dims(load_vector(total, index, dims, K, SCALAR), 1 - AXIS)
+
+
+@triton.jit
 def state_tile(dims, values, K: tl.constexpr, V: tl.constexpr):
     """(offsets, mask) of a tile [values, dims] of a state [K, V]."""
     return (
@@ -270,7 +294,8 @@ def state_tile(dims, values, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "CHUNKS", "M", "SEGMENTS", "N", "H", "G"])
 def sweep_kernel(
-    entering, leaving, scores, v, log_first, log_total, initial, entry, o, final, table, first_unit,
+    entering, leaving, scores, v, firsts, totals, log_totals, initial, entry, o, final, table,
+    first_unit,
     v_batch, v_token, v_head, T, CHUNKS, M, SEGMENTS, N, H, G, scale, K: tl.constexpr,
     V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SCALAR: tl.constexpr,
     INITIAL: tl.constexpr, CARRIED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
@@ -308,12 +333,11 @@ def sweep_kernel(
         starts, ends = first, last
         if REVERSE:
             starts, ends = last, first
-        if PACKED:
-            if starts:
-                state = tl.zeros([BE, BD], dtype=tl.float32)
-                if INITIAL:
-                    index = sequence * kv_heads + kv_head
-                    state = tl.load(initial + index * (K * V) + offsets, mask=inside, other=0.0)
+        if PACKED and starts:
+            state = tl.zeros([BE, BD], dtype=tl.float32)
+            if INITIAL:
+                index = sequence * kv_heads + kv_head
+                state = tl.load(initial + index * (K * V) + offsets, mask=inside, other=0.0)
         at, step = token_walk(start, length, tl.cast(v_token, tl.int64), REVERSE)
         v_at = v_head_at + row * v_batch + at * v_token
         live = (rows[None, :] < length) & (values[:, None] < V)
@@ -328,8 +352,8 @@ def sweep_kernel(
             k_ = tl.load(leaving + key * K + tokens, mask=dims[None, :] < K, other=0.0).to(DTYPE)
         # Transposed by their addresses: [key position, query position].
         p_ = tl.load(scores + query * C + rows[:, None] + rows[None, :] * C)
-        total = load_vector(log_total, chunk * kv_heads + kv_head, dims, K, SCALAR)
-        decay = tl.exp(load_vector(log_first, chunk * kv_heads + kv_head, dims, K, SCALAR))
+        index = chunk * kv_heads + kv_head
+        decay = load_vector(firsts, index, dims, K, SCALAR)
         state_, factor = as_operand(state * decay[None, :], DTYPE)
         out = tl.dot(state_, tl.trans(q_), input_precision=PRECISION) * factor
         p_, factor = as_operand(p_, DTYPE)
@@ -337,22 +361,20 @@ def sweep_kernel(
             out += tl.dot(v_, p_, input_precision=PRECISION) * factor
         else:
             out = tl.dot(v_, p_, acc=out, input_precision=PRECISION)
-        kept, rest = split_decay(total)
-        state = decay_state(state, kept[None, :], rest[None, :], EXACT)
+        state = decayed_state(state, totals, log_totals, index, dims, 1, K, SCALAR, EXACT)
         state = tl.dot(v_, k_, acc=state, input_precision=PRECISION)
         at, step = token_walk(start, length, o_token, REVERSE)
         o_at = o + (row * T + at) * o_token + head * V
         out = (out * scale).to(o.dtype.element_ty)
         tl.store(o_at + values[:, None] + rows[None, :] * step, out, mask=live)
-        if head % G == 0:
-            if ends:
-                index = sequence * kv_heads + kv_head
-                tl.store(final + index * (K * V) + offsets, state, mask=inside)
+        if head % G == 0 and ends:
+            index = sequence * kv_heads + kv_head
+            tl.store(final + index * (K * V) + offsets, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS", "M", "SEGMENTS", "N", "H", "G"])
 def states_kernel(
-    a, b, log_first, log_total, initial, entry, states, final, decays, table, first_unit, b_batch,
+    a, b, firsts, totals, log_totals, initial, entry, states, final, decays, table, first_unit, b_batch,
     b_token, b_head, T, CHUNKS, M, SEGMENTS, N, H, G, scale, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SCALAR: tl.constexpr, ENDS: tl.constexpr,
     FINAL: tl.constexpr, GRADIENT: tl.constexpr, INITIAL: tl.constexpr, CARRIED: tl.constexpr,
@@ -377,10 +399,7 @@ def states_kernel(
     query_head, gate, gates = head.to(tl.int64), (head // G).to(tl.int64), H // G
     # The last walk's end is nobody's entry.
     if ENDS:
-        if AGAINST:
-            done = walk % SEGMENTS == 0
-        else:
-            done = walk % SEGMENTS == SEGMENTS - 1
+        done = walk % SEGMENTS == 0 if AGAINST else walk % SEGMENTS == SEGMENTS - 1
         if done:
             return
     rows = tl.arange(0, C)
@@ -406,14 +425,13 @@ def states_kernel(
         starts, ends = first, last
         if AGAINST:
             starts, ends = last, first
-        if PACKED:
-            if starts:
-                state = tl.zeros([BD, BE], dtype=tl.float32)
-                if INITIAL:
-                    at = initial + (sequence * gates + gate) * (K * V) + offsets
-                    state = tl.load(at, mask=inside & owner, other=0.0)
-                # What entered the walk does not reach beyond a sequence.
-                decayed = tl.full([BD], float("-inf"), dtype=tl.float32)
+        if PACKED and starts:
+            state = tl.zeros([BD, BE], dtype=tl.float32)
+            if INITIAL:
+                at = initial + (sequence * gates + gate) * (K * V) + offsets
+                state = tl.load(at, mask=inside & owner, other=0.0)
+            # What entered the walk does not reach beyond a sequence.
+            decayed = tl.full([BD], float("-inf"), dtype=tl.float32)
         index = chunk * H + head
         if not ENDS:
             at = states + index * (K * V) + offsets
@@ -425,19 +443,18 @@ def states_kernel(
         b_at = b + row * b_batch + at * b_token + query_head * b_head + rows[:, None] * step
         live = (rows[:, None] < length) & (values[None, :] < V)
         b_ = tl.load(b_at + values[None, :], mask=live, other=0.0).to(DTYPE)
-        total = load_vector(log_total, chunk * gates + gate, dims, K, SCALAR)
-        kept, rest = split_decay(total)
-        state = decay_state(state, kept[:, None], rest[:, None], EXACT)
+        index = chunk * gates + gate
+        state = decayed_state(state, totals, log_totals, index, dims, 0, K, SCALAR, EXACT)
         if GRADIENT:
-            decay = tl.exp(load_vector(log_first, chunk * gates + gate, dims, K, SCALAR)) * scale
+            decay = load_vector(firsts, index, dims, K, SCALAR) * scale
             state += tl.dot(a_, b_, input_precision=PRECISION) * decay[:, None]
         else:
             state = tl.dot(a_, b_, acc=state, input_precision=PRECISION)
-        decayed += total
-        if FINAL:
-            if ends:
-                at = final + (sequence * H + head) * (K * V) + offsets
-                tl.store(at, state, mask=inside)
+        if ENDS:
+            decayed += load_vector(log_totals, index, dims, K, SCALAR)
+        if FINAL and ends:
+            reached = final + (sequence * H + head) * (K * V) + offsets
+            tl.store(reached, state, mask=inside)
     if ENDS:
         index = walk.to(tl.int64) * H + head
         tl.store(states + index * (K * V) + offsets, state, mask=inside)

@@ -147,7 +147,7 @@ def column_shares(which, x):
 
 @triton.jit(do_not_specialize=["T", "CHUNKS", "H", "G"])
 def key_gradient_kernel(
-    q, k, v, do, g, ones, log_first, scores, d_scores, states, out_states, dq, dk, dg, table, q_batch,
+    q, k, v, do, g, ones, firsts, scores, d_scores, states, out_states, dq, dk, dg, table, q_batch,
     q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token,
     do_head, g_batch, g_token, g_head, T, CHUNKS, H, G, scale, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -194,14 +194,13 @@ def key_gradient_kernel(
         here = tl.where(rows[:, None] <= rows[None, :], masked, 0.0).to(DTYPE)
         dk_ = tl.dot(here, q_, input_precision=PRECISION) * factor
         dg_ = tl.zeros([C], dtype=tl.float32)
-        if WITH_DECAY:
-            if block == 0:
-                across = index * (C * C) + rows[None, :] * C + rows[:, None]
-                terms = tl.where(earlier, tl.load(scores + square), tl.load(scores + across))
-                terms = pairs.to(tl.float32) * terms.to(tl.float32)
-                for level in range(0, LEVELS):
-                    own = tl.sum(tl.where(level_pairs(rows, level), terms, 0.0), 1)
-                    dg_ += column_shares(decaying(rows, level), own)
+        if WITH_DECAY and block == 0:
+            across = index * (C * C) + rows[None, :] * C + rows[:, None]
+            terms = tl.where(earlier, tl.load(scores + square), tl.load(scores + across))
+            terms = pairs.to(tl.float32) * terms.to(tl.float32)
+            for level in range(0, LEVELS):
+                own = tl.sum(tl.where(level_pairs(rows, level), terms, 0.0), 1)
+                dg_ += column_shares(decaying(rows, level), own)
         prefix = row_decays(earlier, gates)[:, None]
         suffix = row_decays(later, gates)[:, None]
         inner = tl.sum(gates, 0)
@@ -233,18 +232,20 @@ def key_gradient_kernel(
         states + (chunk * kv_heads + kv_head) * (K * V), out_states + index * (K * V), v_step,
         do_step, rows, dims, length, K, V, C, BK, BV, DTYPE, PRECISION,
     )
-    first = load_vector(log_first, chunk * kv_heads + kv_head, dims, K, SCALAR)
-    queries = queries * (prefix * scale) * tl.exp(first)[None, :]
+    first = load_vector(firsts, chunk * kv_heads + kv_head, dims, K, SCALAR)
+    queries = queries * (prefix * scale) * first[None, :]
     keys = keys * suffix
     if WITH_DECAY:
         before, after = queries * q_.to(tl.float32), keys * k_.to(tl.float32)
-        spans = spans * tl.exp(inner + first)
+        spans = spans * tl.exp(inner) * first
         if SCALAR:
             dg_ += column_shares(rows[:, None] <= rows[None, :], tl.sum(before, 1))
             dg_ += column_shares(rows[:, None] > rows[None, :], tl.sum(after, 1))
             dg_ += tl.sum(spans, 0)
         else:
             dg_ += shares(rows[:, None] <= rows[None, :], ones, before, DTYPE, PRECISION)
+            # No gate of the chunk is after its last token, whose share may be the largest by far.
+            after = tl.where(rows[:, None] < length - 1, after, 0.0)
             dg_ += shares(rows[:, None] > rows[None, :], ones, after, DTYPE, PRECISION)
             dg_ += spans[None, :]
     token = tl.cast(H, tl.int64) * K

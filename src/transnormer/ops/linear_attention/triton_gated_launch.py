@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from transnormer.ops.linear_attention import launch_config
+from transnormer.ops.linear_attention.constant_decay import gpu_of
 from transnormer.ops.linear_attention.gated_decay import Walks, chunks_of, walks_of
 from transnormer.ops.linear_attention.launch_config import Tiles
 from transnormer.ops.linear_attention.triton_gated import (
@@ -37,7 +38,8 @@ class Prepared(NamedTuple):
     scores: Tensor
     entering: Tensor
     leaving: Tensor
-    log_first: Tensor
+    first: Tensor
+    total: Tensor
     log_total: Tensor
 
 
@@ -60,7 +62,8 @@ class Call:
         self.groups = self.heads // self.kv_heads
         self.batch, self.seq, self.key_dim, self.value_dim = *k.shape[:2], k.shape[3], v.shape[3]
         self.scalar = gates.dim() == 3
-        self.tiles = launch_config.gated_tiles(self.key_dim, self.value_dim, self.dtype)
+        gpu = gpu_of(k.device)
+        self.tiles = launch_config.gated_tiles(self.key_dim, self.value_dim, self.dtype, gpu)
         self.chunks = chunks_of(k, self.tiles.chunk, cu_seqlens)
         self.sequences, self.packed = self.batch, cu_seqlens is not None
         self.table = self.first_unit = None
@@ -97,13 +100,15 @@ class Call:
             scores=self.empty(count, self.heads, chunk, chunk, dtype=self.wide),
             entering=self.empty(count, self.heads, chunk, self.key_dim, dtype=self.dtype),
             leaving=self.empty(count, heads, chunk, self.key_dim, dtype=self.dtype),
-            log_first=self.empty(count, heads, width, dtype=torch.float32),
+            first=self.empty(count, heads, width, dtype=torch.float32),
+            total=self.empty(count, heads, width, dtype=torch.float32),
             log_total=self.empty(count, heads, width, dtype=torch.float32),
         )
         launch(
             gates_kernel, count * self.heads, q, k, g, self.ones, *made, self.table, *q.stride()[:3],
             *k.stride()[:3], *g.stride()[:3], self.seq, self.chunks.row, self.heads, self.groups,
             LEVELS=self.levels, **self.gating, BK=tiles.key_block, num_warps=tiles.warps,
+            num_stages=tiles.stages,
             **self.forms, **self.arithmetic,
         )  # fmt: skip
         return made
@@ -111,7 +116,9 @@ class Call:
     def walks(self, tiles: Tiles, heads: int, *, whole_keys: bool) -> Walks:
         """Walks of a sweep with such tiles."""
         pieces = 1 if whole_keys else -(-self.key_dim // tiles.key_block)
-        return walks_of(self.k, self.chunks, heads * pieces * -(-self.value_dim // tiles.value_block))
+        return walks_of(
+            self.k, self.chunks, heads * pieces * -(-self.value_dim // tiles.value_block)
+        )
 
     def states(
         self, made: Prepared, initial: Tensor | None, entry: Tensor | None, walks: Walks,
@@ -132,7 +139,7 @@ class Call:
             decays = self.empty(walks.count, heads, self.key_dim, dtype=torch.float32)
         slices = -(-self.key_dim // tiles.key_block) * -(-self.value_dim // tiles.value_block)
         launch(
-            states_kernel, walks.count * heads * slices, a, b, made.log_first, made.log_total,
+            states_kernel, walks.count * heads * slices, a, b, made.first, made.total, made.log_total,
             initial, entry, states, final, decays, self.table, self.first_unit, *b.stride()[:3],
             *self.cut(walks), heads, groups, self.scale, V=self.value_dim, BD=tiles.key_block,
             BE=tiles.value_block, SCALAR=self.scalar, ENDS=ends,
@@ -201,7 +208,7 @@ def forward(
         slices = -(-call.value_dim // tiles.value_block)
         launch(
             sweep_kernel, walks.count * call.heads * slices, made.entering, made.leaving,
-            made.scores, v, made.log_first, made.log_total, initial_state, entry, o, final,
+            made.scores, v, made.first, made.total, made.log_total, initial_state, entry, o, final,
             call.table, call.first_unit, *v.stride()[:3], *call.cut(walks), call.heads, call.groups,
             scale, V=call.value_dim, BD=tiles.key_block, BE=tiles.value_block,
             SCALAR=call.scalar, INITIAL=initial_state is not None,
@@ -262,7 +269,7 @@ def _value_gradient(
         value_gradient_kernel, call.chunks.count * call.heads, made.leaving, made.scores, v, do,
         out_states, d_scores, dv, call.table, *v.stride()[:3], *do.stride()[:3], call.seq,
         call.chunks.row, call.heads, call.groups, call.scale, V=call.value_dim, BK=tiles.key_block,
-        BV=tiles.value_block, num_warps=tiles.warps, **call.forms, **call.arithmetic,
+        BV=tiles.value_block, num_warps=tiles.warps, num_stages=tiles.stages, **call.forms, **call.arithmetic,
     )  # fmt: skip
     return dv, d_scores
 
@@ -286,10 +293,10 @@ def _key_gradient(
         dg = q.new_empty(*q.shape[:3], dims, dtype=torch.float32)
     launch(
         key_gradient_kernel, call.chunks.count * call.heads * blocks, q, k, v, do, g, call.ones,
-        made.log_first, made.scores, d_scores, states, out_states, dq, dk, dg, call.table, *q.stride()[:3],
+        made.first, made.scores, d_scores, states, out_states, dq, dk, dg, call.table, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *g.stride()[:3], call.seq,
         call.chunks.row, call.heads, call.groups, call.scale, V=call.value_dim, LEVELS=call.levels,
         BK=tiles.key_block, BV=tiles.value_block, **call.gating, WITH_DECAY=with_decay,
-        num_warps=tiles.warps, **call.forms, **call.arithmetic,
+        num_warps=tiles.warps, num_stages=tiles.stages, **call.forms, **call.arithmetic,
     )  # fmt: skip
     return dq, dk, dg
