@@ -145,6 +145,7 @@ def assert_close(
         limit = OUTPUT[actual.dtype]
     assert error <= limit, f"{name}: relative error {error:.3g} exceeds {limit:.3g}"
 
+
 # eos in float32 against float64: up to 256 steps of the recurrence, or an FFT, which rounds relative
 # to the largest value of a row (12 eps seen).
 EOS_FLOAT32 = 32 * EPS[torch.float32]

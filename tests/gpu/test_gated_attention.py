@@ -29,6 +29,8 @@ from torch import Tensor
 from transnormer.ops import linear_attention, linear_attention_step
 
 pytestmark = pytest.mark.gpu
+# The leaves belong to the stream that made them, on purpose.
+OTHER_STREAMS = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 GPU = "cuda"
 CHUNK = 64
 
@@ -151,8 +153,9 @@ def assert_results_close(actual: dict[str, Tensor], exact: dict[str, Tensor], ca
         assert x.dtype == (FP32 if state or "log_decay" in name else case.dtype)
         limit = (KERNEL_GRADIENT if "gradient" in name else KERNEL_OUTPUT)[case.dtype]
         if name == "gradient of log_decay":
-            # Over tokens and keys of each head.
-            dims = (1, 3) if x.dim() == 4 else (1,)
+            # Over tokens and keys of each head; a scalar gate's over the heads too: one token's is
+            # one number, which random signs may make small while its error stays.
+            dims = (1, 3) if x.dim() == 4 else (1, 2)
             error, limit = errors(x, exact[name], dims), KERNEL_GATE_GRADIENT[case.dtype]
             assert error.max() <= limit, f"{name}: errors {error.tolist()} exceed {limit:.3g}"
         elif state:
@@ -212,6 +215,7 @@ def test_strides_change_nothing() -> None:
     assert_same(results(sliced), results(inputs))
 
 
+@OTHER_STREAMS
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @GATES
 def test_nothing_waits_for_the_device(gate: str, packed: bool) -> None:

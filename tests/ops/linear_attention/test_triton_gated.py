@@ -148,7 +148,8 @@ def test_packed(
     gate: str, segments: int, reverse: bool, states: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_segment_count(monkeypatch, segments)
-    inputs = make_inputs(111, decay=gate, batch=1, heads=1, state_rows=5 if states else None)
+    heads, rows = (2 if segments == 1 else 1), (5 if states else None)
+    inputs = make_inputs(111, decay=gate, batch=1, heads=heads, kv_heads=1, state_rows=rows)
     if segments > 1:
         # Weak enough to carry something from walk to walk.
         inputs = inputs._replace(log_decay=inputs.log_decay.clamp(min=-0.01))
@@ -264,10 +265,9 @@ def test_the_library_ops_pass_opcheck(gate: str, packed: bool) -> None:
     torch.library.opcheck(op, (*arguments, True, True), test_utils=checks)
 
 
-@pytest.mark.parametrize(
-    ("decay_dims", "name"), [(0, "triton"), (1, "triton"), (3, "chunked"), (4, "chunked")]
-)
-def test_auto_leaves_gates_to_the_chunked_form(decay_dims: int, name: str) -> None:
+@pytest.mark.parametrize("decay_dims", [0, 1, 3, 4])
+def test_auto_takes_the_kernels_for_every_decay(decay_dims: int) -> None:
     # Tensors without values may be a GPU's.
-    request = Request(torch.device("meta"), torch.bfloat16, 64, 64, decay_dims, False)
-    assert choose("linear_attention", IMPLEMENTATIONS, request, "auto").name == name
+    for name in (FORM, "auto"):
+        request = Request(torch.device("meta"), torch.bfloat16, 64, 64, decay_dims, name == FORM)
+        assert choose("linear_attention", IMPLEMENTATIONS, request, name).name == "triton"

@@ -49,10 +49,6 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
-# Whether "auto" takes the kernels for gates.
-_GATES_BY_ITSELF = True
-
-
 @constant_when_compiled
 def _triton_environment(device: torch.device, named: bool) -> str | None:
     """Why Triton kernels cannot run on a device, or None where they can."""
@@ -69,9 +65,7 @@ def _needs_triton(request: Request) -> Exception | None:
     reason = _triton_environment(request.device, request.named)
     if reason is not None:
         return RuntimeError(f"implementation 'triton': {reason}, or use 'auto' or 'chunked'")
-    if request.decay_dims > 1 and not (request.named or _GATES_BY_ITSELF):
-        what, expected = "log_decay is gated", "None or [kv_heads] unless it is named"
-    elif request.dtype == torch.float64:
+    if request.dtype == torch.float64:
         what, expected = "q is torch.float64", "float32, bfloat16 or float16"
     elif not (request.key_dim <= 256 and request.value_dim <= 512):
         what = f"key_dim is {request.key_dim} and value_dim {request.value_dim}"
