@@ -34,7 +34,8 @@ from transnormer import load
 from transnormer.data import Loader, TokenSource, label_bytes, open_tokenized, token_lengths
 from transnormer.models import zoo
 from transnormer.models.cost import ModelCost
-from transnormer.models.decoder import Decoder
+from transnormer.models.decoder import Decoder, DecoderConfig
+from transnormer.nn.token_mixers import CosformerConfig
 from transnormer.optim import build_optimizer
 from transnormer.train import read_run, run_training
 from transnormer.train.metrics import METRICS, read_records
@@ -182,6 +183,17 @@ def step_seconds(config: RunConfig, model: Decoder, rows: int, seq: int) -> dict
     }
 
 
+def reaching(config: DecoderConfig, seq: int) -> DecoderConfig:
+    """The model with room for seq tokens, where its mixers have an end; its costs stay the same."""
+    blocks = []
+    for block in config.blocks:
+        mixer = block.token_mixer
+        if isinstance(mixer, CosformerConfig) and mixer.max_positions < seq:
+            mixer = mixer.model_copy(update={"max_positions": seq})
+        blocks.append(block.model_copy(update={"token_mixer": mixer}))
+    return config.model_copy(update={"blocks": tuple(blocks)})
+
+
 def speed_of(recipe: Path, data: Path, overrides: list[str]) -> dict[str, Any]:
     """Training steps of one recipe's model at each length."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,8 +203,9 @@ def speed_of(recipe: Path, data: Path, overrides: list[str]) -> dict[str, Any]:
     for seq in SPEED_LENGTHS:
         try:
             torch.manual_seed(0)
+            sizes = config.model.build(vocab_size, pad=None, bos=None, eos=None)
             with torch.device(device):
-                model = Decoder(config.model.build(vocab_size, pad=None, bos=None, eos=None))
+                model = Decoder(reaching(sizes, seq))
             entry = step_seconds(config, model.train(), SPEED_TOKENS // seq, seq)
         except (RuntimeError, ValueError) as error:
             entry = {"seq": seq, "error": str(error).splitlines()[0][:300]}
@@ -249,8 +262,11 @@ def publish(arguments: argparse.Namespace, measured: dict[str, Any]) -> dict[str
     before: dict[str, Any] = {"benchmark": "family_gpu"}
     if arguments.output.is_file():
         before = json.loads(arguments.output.read_text(encoding="utf-8"))
+    # The data may lie anywhere; a figure must not name a place on one machine.
+    command = "python benchmarks/family_gpu.py recipes/small_*.toml --data PATH"
     for key, value in measured.items():
-        facts = harness.gpu_environment(arguments.commit)
+        flag = {"speed": "--speed", "training": f"--train --per-gpu {arguments.per_gpu}"}[key]
+        facts = harness.gpu_environment(arguments.commit) | {"command": f"{command} {flag}"}
         before[key] = {"environment": facts, "gpus": torch.cuda.device_count(), "runs": value}
     text = json.dumps(harness.finite(before), indent=1) + "\n"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

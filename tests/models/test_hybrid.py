@@ -1,5 +1,6 @@
 """Hybrids of linear and softmax layers: sizes, generation, states of two kinds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,21 @@ from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.state import DecoderState
 from transnormer.nn.state import KVState
-from transnormer.nn.token_mixers import LightningConfig, SoftmaxConfig
+from transnormer.nn.token_mixers import (
+    GauConfig,
+    Hgrn2Config,
+    LightningConfig,
+    SoftmaxConfig,
+    TokenMixerConfig,
+)
 
 PATTERN = (LightningConfig(heads=2, lrpe=True), SoftmaxConfig(heads=4, kv_heads=2))
 
 
-def small(**changes: Any) -> DecoderConfig:
+def small(pattern: Sequence[TokenMixerConfig] = PATTERN, **changes: Any) -> DecoderConfig:
     """Three layers: linear, softmax, linear."""
     config = zoo.hybrid_custom(
-        vocab_size=VOCAB, model_dim=32, num_layers=3, glu_dim=48, pattern=PATTERN
+        vocab_size=VOCAB, model_dim=32, num_layers=3, glu_dim=48, pattern=pattern
     )
     return config.model_copy(update={"init_std": 0.2, **changes})
 
@@ -107,3 +114,29 @@ def test_the_model_round_trips_and_scores_in_chunks(model: Decoder, tmp_path: Pa
     whole = score_tokens(model, documents, first_id=0)
     parts = score_tokens(again, documents, first_id=0, chunk=6)
     assert [x.nats for x in parts] == pytest.approx([x.nats for x in whole], rel=1e-5)
+
+
+def test_layers_of_a_kind_that_cannot_share_are_refused() -> None:
+    pattern = (Hgrn2Config(head_dim=8), SoftmaxConfig(heads=4), Hgrn2Config(head_dim=16))
+    Decoder(small(pattern=pattern))
+    other = pattern[2].model_copy(update={"lower_bound": "exclusive"})
+    message = r"blocks\[2\].*rule=exclusive.*expected.*rule=cumulative.*'hgrn2'"
+    with pytest.raises(ValueError, match=message):
+        Decoder(small(pattern=(*pattern[:2], other)))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "other", "found", "expected"),
+    [
+        (SoftmaxConfig(heads=4), LightningConfig(heads=4), "Tensor", "KVState"),
+        (LightningConfig(heads=4), SoftmaxConfig(heads=4), "KVState", "Tensor"),
+        (GauConfig(form="quad"), GauConfig(), "GauState", "KVState"),
+    ],
+    ids=["recurrent", "cache", "form"],
+)
+def test_a_state_of_another_model_is_named(
+    mixer: TokenMixerConfig, other: TokenMixerConfig, found: str, expected: str
+) -> None:
+    state = Decoder(small(pattern=(other,))).empty_state(1)
+    with pytest.raises(ValueError, match=rf"layers\[0\] is a {found}; expected a {expected}"):
+        Decoder(small(pattern=(mixer,)))(make_ids(1, 2), state=state)

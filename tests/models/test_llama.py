@@ -90,7 +90,7 @@ def test_unknown_sizes_are_refused() -> None:
         with pytest.raises(ValueError, match=next(iter(changes))):
             zoo.llama_custom(**(sizes | changes))
     with pytest.raises(ValueError, match="kv_heads is 3"):
-        Decoder(zoo.llama_custom(**(sizes | {"kv_heads": 3, "heads": 4})))
+        zoo.llama_custom(**(sizes | {"kv_heads": 3, "heads": 4}))
 
 
 # Transformers.
@@ -245,6 +245,12 @@ def test_the_rotary_base_is_found(change: dict[str, Any], found: float, director
     assert config.eos_token_id == (7 if "eos_token_id" in change else None)
 
 
+@pytest.mark.parametrize("field", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_minus_one_is_no_id(field: str, directory: Path) -> None:
+    edit(directory, lambda fields, _: fields.update({field: -1}))
+    assert getattr(checkpoint.load(directory).config, field) is None
+
+
 REFUSED_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "llama 3 scaling": ({"rope_parameters": {"rope_type": "llama3"}}, r"rope_type is 'llama3'"),
     "linear scaling": (
@@ -255,6 +261,7 @@ REFUSED_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
         "partial_rotary_factor is 0.5",
     ),
+    "partial, older": ({"partial_rotary_factor": 0.5}, r"json: partial_rotary_factor is 0\.5"),
     "activation": ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     "several ends": ({"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]"),
@@ -295,6 +302,18 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], object], s
     "layers": (lambda f, t: f.update(num_hidden_layers=1), r"holds model\.layers\.1\."),
     "type": (lambda f, t: f.update(hidden_size="32"), "hidden_size"),
     "table": (lambda f, t: f.update(rope_parameters=[1]), "rope_parameters"),
+    "no heads": (
+        lambda f, t: f.update(num_attention_heads=0),
+        r"^num_attention_heads is 0; expected.*config\.json\)$",
+    ),
+    "no layers": (
+        lambda f, t: f.update(num_hidden_layers=0),
+        r"^num_hidden_layers is 0; .*json\)$",
+    ),
+    "pad": (
+        lambda f, t: f.update(pad_token_id=1000),
+        r"^pad_token_id is 1000; expected less than vocab_size, which is .*config\.json\)$",
+    ),
 }
 
 

@@ -30,6 +30,12 @@ def test_every_name_is_a_model(name: str) -> None:
         assert len(model.empty_state(1).layers) == len(config.blocks)
 
 
+@pytest.mark.parametrize("name", zoo.names())
+def test_a_vocabulary_without_tokens_is_no_default(name: str) -> None:
+    with pytest.raises(ValueError, match="vocab_size"):
+        zoo.get(name, vocab_size=0)
+
+
 @pytest.mark.parametrize("family", sorted({name.partition("-")[0] for name in zoo.names()}))
 def test_every_family_names_its_source(family: str) -> None:
     function = getattr(zoo, family)

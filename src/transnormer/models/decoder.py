@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from transnormer.config import Config
@@ -72,6 +72,16 @@ class DecoderConfig(Config):
     eos_token_id: int | None = Field(default=None, ge=0)
     mask_token_id: int | None = Field(default=None, ge=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> "DecoderConfig":
+        for name in ("pad_token_id", "mask_token_id"):
+            index = getattr(self, name)
+            if index is not None and index >= self.vocab_size:
+                raise ValueError(
+                    f"{name} is {index}; expected less than vocab_size, which is {self.vocab_size}"
+                )
+        return self
+
 
 class DecoderOutput(NamedTuple):
     """What a forward pass gives.
@@ -136,11 +146,17 @@ class Block(nn.Module):
 def _shared_parts(config: DecoderConfig) -> nn.ModuleDict:
     """What layers of one kind share, built once, by kind."""
     parts: dict[str, nn.Module] = {}
-    for block in config.blocks:
+    for index, block in enumerate(config.blocks):
         mixer = block.token_mixer
         part = mixer.build_shared(config.model_dim, len(config.blocks))
-        if part is not None and mixer.kind not in parts:
-            parts[mixer.kind] = part
+        if part is None:
+            continue
+        first = parts.setdefault(mixer.kind, part)
+        if str(part) != str(first):
+            raise ValueError(
+                f"blocks[{index}].token_mixer needs {part}; expected {first}, which an earlier "
+                f"block of the kind {mixer.kind!r} needs: they share one"
+            )
     return nn.ModuleDict(parts)
 
 
@@ -159,6 +175,9 @@ class Decoder(nn.Module):
             self.position_embedding = nn.Embedding(config.max_positions, config.model_dim)
         self.shared = _shared_parts(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(len(config.blocks)))
+        self._layer_types: tuple[type, ...] = ()
+        if config.causal:
+            self._layer_types = tuple(map(type, self.empty_state(0, device="meta").layers))
         self.final_norm = config.final_norm.build(config.model_dim)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
@@ -207,7 +226,7 @@ class Decoder(nn.Module):
         config = self.config
         inputs.check(input_ids, config.vocab_size, state, cu_seqlens, mask, config.causal)
         if state is not None:
-            inputs.check_state(state, len(self.blocks), input_ids, cu_seqlens)
+            inputs.check_state(state, self._layer_types, input_ids, cu_seqlens)
         mask = inputs.needed_mask(mask)
         where = inputs.positions_of(input_ids, state, positions, cu_seqlens, mask)
         x = self.embedding(input_ids)

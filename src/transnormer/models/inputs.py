@@ -46,14 +46,24 @@ def check(
 
 
 def check_state(
-    state: DecoderState, num_layers: int, input_ids: Tensor, cu_seqlens: Tensor | None
+    state: DecoderState,
+    layer_types: tuple[type, ...],
+    input_ids: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> None:
-    """Raise ValueError unless the state has this many layers and one row a sequence."""
+    """Raise ValueError unless the state has layers of these types and one row a sequence."""
+    num_layers = len(layer_types)
     rows = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if len(state.layers) != num_layers:
         raise ValueError(
             f"state has {len(state.layers)} layers; expected {num_layers}, those of this model"
         )
+    for i, (layer, expected) in enumerate(zip(state.layers, layer_types, strict=True)):
+        if not isinstance(layer, expected):
+            raise ValueError(
+                f"state.layers[{i}] is a {type(layer).__name__}; expected a {expected.__name__}, "
+                "that of this model's layer; use a state of this model"
+            )
     if state.positions.dtype != torch.int64:
         raise TypeError(f"state.positions is {state.positions.dtype}; expected torch.int64")
     if state.positions.shape[0] != rows:

@@ -88,24 +88,26 @@ def _bidirectional(
     cu_seqlens: Tensor | None,
     implementation: str,
 ) -> Tensor:
-    """Both directions with the diagonal once, summed in the accumulation dtype."""
+    """Both directions with the diagonal once, each in the inputs' dtype, summed in the accumulation
+    dtype."""
     groups, dtype = q.shape[2] // k.shape[2], q.dtype
-    q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
+    ahead, back = (
+        linear_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            cu_seqlens=cu_seqlens,
+            reverse=reverse,
+            implementation=implementation,
+        )[0]
+        for reverse in (False, True)
+    )
     with no_autocast(q.device.type):
-        ahead, back = (
-            linear_attention(
-                q,
-                k,
-                v,
-                log_decay,
-                cu_seqlens=cu_seqlens,
-                reverse=reverse,
-                implementation=implementation,
-            )[0]
-            for reverse in (False, True)
-        )
+        ahead, back, q, k, v = (x.to(accumulation_dtype(x.dtype)) for x in (ahead, back, q, k, v))
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-        return (ahead + back - (q * k).sum(-1, keepdim=True) * v).to(dtype)
+        own = (q * k).sum(-1, keepdim=True) * v
+        return (ahead + back - own).to(dtype)
 
 
 def _masked_log_decay(log_decay: Tensor, mask: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ class LowerBounds(KeepPrecision):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gamma)
 
+    def extra_repr(self) -> str:
+        return f"num_layers={self.gamma.shape[0]}, width={self.gamma.shape[1]}, rule={self.rule}"
+
     def forward(self) -> Tensor:
         """The bounds, [num_layers, width], float32 (float64 for a float64 model)."""
         shares = self.gamma.softmax(0)

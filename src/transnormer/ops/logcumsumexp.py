@@ -107,8 +107,8 @@ def logcumsumexp(x: Tensor, starts: Tensor | None = None) -> Tensor:
     Summed in float64 and rounded to x's dtype once.
 
     Args:
-        x: [batch, seq, channels, ...], float32 or float64, finite or -inf. Where all mass so far is 0, y is
-            -inf and its gradient goes nowhere.
+        x: [batch, seq, channels, ...], float32 or float64, finite or -inf. Where all mass so far is
+            0, y is -inf and its gradient goes nowhere.
         starts: bool [seq], True at the first tokens of packed sequences: the sum begins anew there.
 
     Raises:

@@ -86,9 +86,17 @@ def complex_scan(
 
     Raises:
         ValueError: shapes.
-        TypeError: dtypes.
+        TypeError: dtypes, or what is no tensor.
     """
+    for name, tensor, optional in (
+        ("a", a, False),
+        ("x", x, False),
+        ("initial_state", initial_state, True),
+        ("cu_seqlens", cu_seqlens, True),
+    ):
+        checks.check_tensor(name, tensor, optional=optional)
     checks.check_rank("x", x, "batch seq width 2")
+    checks.check_shape("x", x, (*x.shape[:-1], 2), "batch seq width 2")
     checks.check_shape("a", a, x.shape, "batch seq width 2")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x is {x.dtype}; expected float32 or float64; convert it")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from transnormer import files
@@ -57,16 +58,16 @@ _ACTIVATIONS: dict[str, Activation] = {
 class LlamaFields(Config):
     """The fields of a LLaMA's config.json that say what the model computes."""
 
-    vocab_size: int = 32_000
-    hidden_size: int = 4096
-    intermediate_size: int = 11_008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: int = Field(default=32_000, ge=1)
+    hidden_size: int = Field(default=4096, ge=1)
+    intermediate_size: int = Field(default=11_008, ge=1)
+    num_hidden_layers: int = Field(default=32, ge=1)
+    num_attention_heads: int = Field(default=32, ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
     hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float = Field(default=1e-6, ge=0.0)
+    initializer_range: float = Field(default=0.02, gt=0.0)
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
@@ -74,7 +75,7 @@ class LlamaFields(Config):
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
-    rope_theta: float = 10_000.0
+    rope_theta: float = Field(default=10_000.0, gt=0.0)
 
 
 def is_llama(raw: Mapping[str, Any]) -> bool:
@@ -189,7 +190,7 @@ def write(
 
 
 def save(model: Decoder, path: str | Path, *, max_position_embeddings: int = 2048) -> None:
-    """Write a model as a directory that transformers' ``from_pretrained`` reads, whole or not at all.
+    """Write a model as a directory for transformers' ``from_pretrained``, whole or not at all.
 
     Args:
         model: a decoder of softmax attention and gated linear units, in its dtype.
@@ -220,11 +221,13 @@ def _rope_table(raw: Mapping[str, Any], config_file: Path) -> dict[str, Any]:
             f"{config_file}: {key}.rope_type is {kind!r}; expected 'default': frequencies that are "
             "scaled are not supported"
         )
-    if table.get("partial_rotary_factor", 1.0) != 1.0:
-        raise NotImplementedError(
-            f"{config_file}: {key}.partial_rotary_factor is {table['partial_rotary_factor']!r}; "
-            "expected 1.0: all channels of a head turn"
-        )
+    for name, holder in ((f"{key}.", table), ("", raw)):
+        part = holder.get("partial_rotary_factor")
+        if part not in (None, 1.0):
+            raise NotImplementedError(
+                f"{config_file}: {name}partial_rotary_factor is {part!r}; expected 1.0: all "
+                "channels of a head turn"
+            )
     return table
 
 
@@ -250,7 +253,7 @@ def _decoder_config(fields: LlamaFields, config_file: Path) -> DecoderConfig:
         eos = eos[0]
     heads, kv_heads = fields.num_attention_heads, fields.num_key_value_heads
     head_dim = fields.head_dim
-    if heads > 0 and head_dim == fields.hidden_size // heads:
+    if head_dim == fields.hidden_size // heads:
         head_dim = None
     norm = NormConfig(kind="rms", eps=fields.rms_norm_eps)
     block = BlockConfig(
@@ -269,21 +272,22 @@ def _decoder_config(fields: LlamaFields, config_file: Path) -> DecoderConfig:
         ),
     )
     # Some files write -1 where they mean that there is no such id.
-    pad, bos = (
-        None if x is None or x < 0 else x for x in (fields.pad_token_id, fields.bos_token_id)
+    pad, bos, eos = (
+        None if x is None or x < 0 else x for x in (fields.pad_token_id, fields.bos_token_id, eos)
     )
-    return DecoderConfig(
-        vocab_size=fields.vocab_size,
-        model_dim=fields.hidden_size,
-        blocks=(block,) * fields.num_hidden_layers,
-        final_norm=norm,
-        embedding_scale=False,
-        tie_embeddings=fields.tie_word_embeddings,
-        init_std=fields.initializer_range,
-        pad_token_id=pad,
-        bos_token_id=bos,
-        eos_token_id=eos,
-    )
+    table = {
+        "vocab_size": fields.vocab_size,
+        "model_dim": fields.hidden_size,
+        "blocks": (block,) * fields.num_hidden_layers,
+        "final_norm": norm,
+        "embedding_scale": False,
+        "tie_embeddings": fields.tie_word_embeddings,
+        "init_std": fields.initializer_range,
+        "pad_token_id": pad,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+    }
+    return validate(DecoderConfig, table, source=str(config_file))
 
 
 def _fields_of(config: DecoderConfig) -> LlamaFields:

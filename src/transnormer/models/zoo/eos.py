@@ -63,5 +63,8 @@ def eos(size: str, vocab_size: int | None = None) -> DecoderConfig:
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
     return eos_custom(
-        vocab_size=vocab_size or 8192, model_dim=SIZES[size], num_layers=2, mixer=EosConfig()
+        vocab_size=8192 if vocab_size is None else vocab_size,
+        model_dim=SIZES[size],
+        num_layers=2,
+        mixer=EosConfig(),
     )

@@ -88,7 +88,7 @@ def flash(size: str, vocab_size: int | None = None) -> DecoderConfig:
     row = SIZES[size]
     return flash_custom(
         form=row.form,
-        vocab_size=vocab_size or row.vocab_size,
+        vocab_size=row.vocab_size if vocab_size is None else vocab_size,
         model_dim=row.model_dim,
         num_layers=row.num_layers,
         key_dim=row.key_dim,

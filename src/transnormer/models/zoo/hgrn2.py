@@ -42,7 +42,7 @@ def hgrn2(size: str, vocab_size: int | None = None) -> DecoderConfig:
         channel_mixer=GluConfig(hidden_dim=row.glu_dim),
     )
     return DecoderConfig(
-        vocab_size=vocab_size or SCALING_VOCAB_SIZE,
+        vocab_size=SCALING_VOCAB_SIZE if vocab_size is None else vocab_size,
         model_dim=row.model_dim,
         blocks=(block,) * row.num_layers,
         embedding_scale=False,
@@ -72,7 +72,7 @@ def hgrn1(size: str, vocab_size: int | None = None) -> DecoderConfig:
         channel_mixer=GluConfig(hidden_dim=row.glu_dim, bias=released),
     )
     return DecoderConfig(
-        vocab_size=vocab_size or _HGRN1_VOCAB_SIZES[size],
+        vocab_size=_HGRN1_VOCAB_SIZES[size] if vocab_size is None else vocab_size,
         model_dim=row.model_dim,
         blocks=(block,) * row.num_layers,
         final_norm=norm,

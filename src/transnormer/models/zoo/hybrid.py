@@ -83,7 +83,7 @@ def hybrid(size: str, vocab_size: int | None = None) -> DecoderConfig:
         norm=NormConfig(kind="rms"),
     )
     return hybrid_custom(
-        vocab_size=vocab_size or _VOCAB_SIZE,
+        vocab_size=_VOCAB_SIZE if vocab_size is None else vocab_size,
         model_dim=row.model_dim,
         num_layers=row.num_layers,
         glu_dim=row.glu_dim,

@@ -81,6 +81,7 @@ def lightnet(size: str, vocab_size: int | None = None) -> DecoderConfig:
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
     if size == "1.4b":
-        return _public_default(vocab_size or 32_000)
+        return _public_default(32_000 if vocab_size is None else vocab_size)
     sizes = scaling_size(size)._asdict()
-    return lightnet_custom(vocab_size=vocab_size or SCALING_VOCAB_SIZE, **sizes)
+    vocab_size = SCALING_VOCAB_SIZE if vocab_size is None else vocab_size
+    return lightnet_custom(vocab_size=vocab_size, **sizes)

@@ -43,6 +43,8 @@ def llama_custom(
         raise ValueError(f"num_layers is {num_layers}; expected at least 1")
     if heads < 1 or model_dim % heads:
         raise ValueError(f"heads is {heads}; expected a divisor of model_dim, which is {model_dim}")
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ValueError(f"kv_heads is {kv_heads}; expected a divisor of heads, which is {heads}")
     norm = NormConfig(kind="rms")
     block = BlockConfig(
         norm=norm,
@@ -77,8 +79,9 @@ def llama(size: str, vocab_size: int | None = None) -> DecoderConfig:
         raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
     original = size in _ORIGINAL
     row = _ORIGINAL[size] if original else scaling_size(size, deeper=True)
+    published = _ORIGINAL_VOCAB_SIZE if original else SCALING_VOCAB_SIZE
     config = llama_custom(
-        vocab_size=vocab_size or (_ORIGINAL_VOCAB_SIZE if original else SCALING_VOCAB_SIZE),
+        vocab_size=published if vocab_size is None else vocab_size,
         tie_embeddings=not original,
         **row._asdict(),
     )

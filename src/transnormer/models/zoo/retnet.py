@@ -61,7 +61,7 @@ def retnet(size: str, vocab_size: int | None = None) -> DecoderConfig:
         channel_mixer=channel_mixer,
     )
     return DecoderConfig(
-        vocab_size=vocab_size or _VOCAB_SIZE,
+        vocab_size=_VOCAB_SIZE if vocab_size is None else vocab_size,
         model_dim=row.model_dim,
         blocks=(block,) * row.num_layers,
         final_norm=norm,

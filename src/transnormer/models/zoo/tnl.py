@@ -69,7 +69,7 @@ def tnl(size: str, vocab_size: int | None = None) -> DecoderConfig:
         raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
     row = SIZES[size]
     config = tnl_custom(
-        vocab_size=vocab_size or row.vocab_size,
+        vocab_size=row.vocab_size if vocab_size is None else vocab_size,
         model_dim=row.model_dim,
         num_layers=row.num_layers,
         heads=row.heads,

@@ -149,7 +149,7 @@ def transnormer(size: str, vocab_size: int | None = None) -> DecoderConfig:
     row = SIZES[size]
     return transnormer_custom(
         variant=row.variant,
-        vocab_size=vocab_size or row.vocab_size,
+        vocab_size=row.vocab_size if vocab_size is None else vocab_size,
         model_dim=row.model_dim,
         num_layers=row.num_layers,
         heads=row.heads,

@@ -50,7 +50,8 @@ class Cosformer(TokenMixer):
     over j <= i, or all j without ``causal``. By cos(a - b) = cos a cos b + sin a sin b this is
     linear attention with the features [x cos; x sin]; its values have a column of ones behind them,
     whose result is the denominator. Angles, sums and the division are float32 (float64 for a
-    float64 model); features and the results of the sums are rounded to the activations' dtype. The state is [rows, heads, 2 head_dim, head_dim + 4].
+    float64 model); features and the results of the sums are rounded to the activations' dtype. The
+    state is [rows, heads, 2 head_dim, head_dim + 4].
     """
 
     def __init__(self, config: CosformerConfig, model_dim: int, *, causal: bool) -> None:
@@ -83,10 +84,15 @@ class Cosformer(TokenMixer):
         """As ``TokenMixer.forward``.
 
         Raises:
-            ValueError: (CPU, eager) a position of max_positions or more, where weights would turn
-                negative.
+            ValueError: a position of max_positions or more, where weights would turn negative. Seen
+                on a CPU in eager mode; elsewhere where a row is longer than that.
         """
         most = self.config.max_positions
+        if mask is None and cu_seqlens is None and x.shape[1] > most:
+            raise ValueError(
+                f"seq is {x.shape[1]}; expected at most max_positions, which is {most}; weights "
+                "beyond it are negative"
+            )
         if values_are_visible(positions) and int(positions.max()) >= most:
             raise ValueError(
                 f"positions reach {int(positions.max())}; expected less than max_positions, which "
