@@ -267,6 +267,8 @@ def publish(arguments: argparse.Namespace, measured: dict[str, Any]) -> dict[str
     for key, value in measured.items():
         flag = {"speed": "--speed", "training": f"--train --per-gpu {arguments.per_gpu}"}[key]
         facts = harness.gpu_environment(arguments.commit) | {"command": f"{command} {flag}"}
+        # Of the last measurement; the other may be of another day.
+        before["environment"] = facts
         before[key] = {"environment": facts, "gpus": torch.cuda.device_count(), "runs": value}
     text = json.dumps(harness.finite(before), indent=1) + "\n"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
