@@ -4,6 +4,8 @@ Sources: Qin et al. 2022 (arXiv:2210.10340), Hua et al. 2022 (arXiv:2202.10447),
 code of the TransNormer papers where it differs from the text.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,6 +70,66 @@ def diag_attention(
             p = logits.softmax(0) if weights == "softmax" else logits.relu()
             o[t, h] = sum(p[i] * v[s, h] for i, s in enumerate(block))
     return o.flatten(1)
+
+
+def lrpe_grid(x: Tensor, place: tuple[int, ...], theta: Tensor, unit: Tensor) -> Tensor:
+    """``lrpe_rotary`` of a token of a grid: pair p turns with axis p // n, frequency theta[p % n]."""
+    x, unit = x.double(), unit.double()
+    x = x - 2 * (x * unit).sum(-1, keepdim=True) * unit
+    first, second = x.chunk(2, -1)
+    pairs = range(first.shape[-1])
+    angles = [place[p // theta.shape[0]] * theta[p % theta.shape[0]].double() for p in pairs]
+    z = torch.complex(first, second) * torch.exp(1j * torch.stack(angles))
+    return torch.cat([z.real, z.imag], -1)
+
+
+def diag_attention_grid(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: tuple[int, ...],
+    block_shape: tuple[int, ...],
+    weights: str,
+    theta: Tensor,
+    unit: Tensor,
+    real: Tensor,
+) -> Tensor:
+    """Attention of each real token to the real ones of its block; [seq, heads * dim], no norm."""
+    places = list(itertools.product(*(range(extent) for extent in shape)))
+    blocks = [tuple(s // b for s, b in zip(place, block_shape, strict=True)) for place in places]
+    seq, heads, dim = q.shape
+    o = torch.zeros(seq, heads, dim, dtype=torch.float64)
+    for t, h in itertools.product(range(seq), range(heads)):
+        block = [s for s in range(seq) if blocks[s] == blocks[t] and real[s]]
+        if not real[t]:
+            continue
+        query = lrpe_grid(q[t, h] / dim**0.5, places[t], theta, unit)
+        logits = [query @ lrpe_grid(k[s, h], places[s], theta, unit) for s in block]
+        p = torch.stack(logits)
+        p = p.softmax(0) if weights == "softmax" else p.relu()
+        o[t, h] = sum(p[i] * v[s, h] for i, s in enumerate(block))
+    return o.flatten(1)
+
+
+def norm_attention_grid(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: tuple[int, ...],
+    phi: str,
+    theta: Tensor,
+    unit: Tensor,
+    real: Tensor,
+) -> Tensor:
+    """``norm_attention`` over the real tokens of a grid, both ways."""
+    q, k = (F.elu(x) + (phi == "1+elu") for x in (q, k))
+    places = list(itertools.product(*(range(extent) for extent in shape)))
+    o = torch.zeros_like(v)
+    for t, s, h in itertools.product(*(range(n) for n in (q.shape[0], *q.shape[:2]))):
+        if real[s]:
+            key = lrpe_grid(k[s, h], places[s], theta, unit)
+            o[t, h] += (lrpe_grid(q[t, h], places[t], theta, unit) @ key) * v[s, h]
+    return outer_srms(o.flatten(1))
 
 
 def flash(

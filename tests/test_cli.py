@@ -277,6 +277,15 @@ def test_chat_remembers_resets_saves_and_loads(
     assert "15 tokens are in" in reset
 
 
+def test_a_model_that_cannot_chat_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tnl_config().model_copy(update={"causal": False})
+    checkpoint.save(Decoder(config), tmp_path / "both")
+    say("hello\n", monkeypatch)
+    check_mistake(["chat", str(tmp_path / "both")], 2, "causal = false; expected true", capsys)
+
+
 def test_a_mistake_in_chat_does_not_end_it(
     inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

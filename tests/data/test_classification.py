@@ -158,7 +158,7 @@ def test_booleans_are_classes_by_name(tmp_path: Path) -> None:
 
 
 def test_a_class_that_training_never_saw_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"t:1: label is 'c1'; expected a class .*: c0, c2"):
+    with pytest.raises(ValueError, match=r"t:1: label is 'c1'; expected a class .*: c0, c2;"):
         write_labelled(some(3, 3), ("c0", "c2"), ByteTokenizer(), tmp_path / "d", source="test")
 
 

@@ -73,6 +73,32 @@ def test_small_models_train(variant: str, layout: str, causal: bool) -> None:
     assert all(bool(torch.isfinite(x.grad).all()) for x in model.parameters())
 
 
+@pytest.mark.parametrize("variant", ["t1", "t2"])
+@pytest.mark.parametrize(("size", "d"), [("vit-tiny", 192), ("vit-small", 384)])
+def test_models_of_grids_have_the_published_layout(size: str, d: int, variant: str) -> None:
+    config = zoo.get(f"transnormer-{variant}-{size}")
+    assert (config.model_dim, len(config.blocks), config.causal) == (d, 12, False)
+    near, far = ([b.token_mixer for b in half] for half in (config.blocks[:6], config.blocks[6:]))
+    assert {(x.kind, x.block_shape, x.lrpe) for x in near} == {("diag_attention", (4, 4), True)}
+    assert {(x.kind, x.lrpe, x.lrpe_axes) for x in far} == {("lightning", True, 2)}
+    g = 8 * d // 3
+    # Pairs of a head of 64 channels, halved between two axes.
+    theta = 64 // 2 // 2
+    layer = 4 * (d * d + d) + 3 * d * g + 2 * g + d + theta
+    assert count(config) == 1024 * d + 12 * layer
+
+
+@pytest.mark.parametrize("layout", ["halves", "every_layer"])
+def test_small_models_of_grids_train(layout: str) -> None:
+    config = zoo.transnormer_custom(
+        variant="t2", layout=layout, causal=False, block_shape=(2, 2), **SIZES
+    )
+    model = Decoder(config)
+    ids = torch.randint(50, (2, 15))
+    model.loss(ids, ids, shape=(3, 5)).backward()
+    assert all(bool(torch.isfinite(x.grad).all()) for x in model.parameters())
+
+
 def test_encoder_is_bidirectional() -> None:
     assert not zoo.transnormer("t1-encoder").causal
 
@@ -84,6 +110,7 @@ def test_encoder_is_bidirectional() -> None:
         ({"layout": "mixed"}, r"layout is 'mixed'.*'halves'"),
         ({"heads": 3}, r"heads is 3.*divisor of model_dim"),
         ({"num_layers": 0}, r"num_layers is 0"),
+        ({"block_shape": (4, 4)}, r"block_shape is \(4, 4\); expected None unless causal is False"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, object], named: str) -> None:

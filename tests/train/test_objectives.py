@@ -26,6 +26,7 @@ from transnormer.train import (
     run_training,
 )
 from transnormer.train.metrics import read_records
+from transnormer.train.objective_config import ClassificationConfig
 from transnormer.train.objectives import OBJECTIVES, Setting
 from transnormer.train.objectives.classification import accuracy, macro_f1
 
@@ -110,6 +111,9 @@ def test_another_objective_is_another_run(make_config: MakeConfig) -> None:
     run_training(make_config(*MASKED, "train.steps=1"))
     with pytest.raises(ValueError, match=r"objective.mask_share is 0.3; expected 0.15, as the run"):
         run_training(make_config(*MASKED, "objective.mask_share=0.3"), resume=True)
+    bidirectional = make_config(*MASKED).model_copy(update={"objective": ClassificationConfig()})
+    with pytest.raises(ValueError, match="objective.kind is 'classification'; expected 'masked'"):
+        run_training(bidirectional, resume=True)
 
 
 def test_a_masked_run_records_what_it_measures(make_config: MakeConfig) -> None:
@@ -310,6 +314,24 @@ def test_a_held_out_file_is_not_trained_on(classes: MakeConfig, labelled: Path) 
     assert result.last.majority_accuracy == 0.0
 
 
+def test_all_held_out_leaves_nothing_to_train_on(classes: MakeConfig, labelled: Path) -> None:
+    with pytest.raises(ValueError, match="data.path is .*, all of which is held out or empty; exp"):
+        run_training(classes(f"data.heldout={labelled}"))
+
+
+def test_of_many_classes_the_shares_of_the_first_are_told(
+    classes: MakeConfig, labelled: Path
+) -> None:
+    rows = [{"text": f"number {i}", "label": f"c{i % 20:02}"} for i in range(200)]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = Notes()
+    run_training(classes("train.steps=1"), progress=notes)
+    told = next(line for line in notes.messages if "training texts, " in line)
+    assert "c09 " in told
+    assert "c10 " not in told
+    assert told.endswith("and 10 more classes")
+
+
 def test_nothing_held_out_is_nothing_evaluated(classes: MakeConfig) -> None:
     result = run_training(classes("data.heldout=0", "train.steps=1"))
     assert result.first is None
@@ -419,6 +441,7 @@ def test_a_start_that_does_not_fit_is_refused(
         ((*CLASSES, "data.path=x", "data.epochs=[1.0]"), "data.epochs is .*; expected it unset"),
         ((*CLASSES, "data.path=x", "train.eval_bytes=9"), "train.eval_bytes is 9; expected it un"),
         ((*CLASSES, "data.path=x", "model.tie_embeddings=false"), "tie_embeddings is False; exp"),
+        ((*CLASSES, "data.path=x", "data.seq=1"), "data.seq is 1; expected at least 2: a start"),
         ((*CLASSES, "data.path=['x', 'y']"), "data.path is .*; expected one path of JSON lines"),
     ],
 )
@@ -456,10 +479,40 @@ def test_tokens_have_no_classes(classes: MakeConfig, tmp_path: Path) -> None:
 
 
 def test_pooling_of_the_first_token_needs_both_sides(classes: MakeConfig) -> None:
-    config = classes("model.causal=true", "objective.pooling=first")
-    with pytest.raises(ValueError, match="pooling is 'first' and the backbone is causal"):
-        run_training(config)
+    with pytest.raises(ValueError, match="objective.pooling is 'first' and model.causal true"):
+        classes("model.causal=true", "objective.pooling=first")
     assert run_training(classes("objective.pooling=first", "train.steps=1")).step == 1
+
+
+def test_pooling_of_the_first_token_is_checked_before_the_texts_of_a_start_are_read(
+    make_config: MakeConfig, classes: MakeConfig, tmp_path: Path
+) -> None:
+    causal = run_training(make_config("train.steps=1", f"output.dir={tmp_path / 'causal'}")).run_dir
+    data = started_from(classes, causal).model_dump()
+    data["objective"]["pooling"] = "first"
+    notes = Notes()
+    with pytest.raises(ValueError, match="objective.pooling is 'first' and model.causal true") as e:
+        run_training(RunConfig.model_validate(data), progress=notes)
+    assert "\n" not in str(e.value)
+    assert not notes.messages
+
+
+@pytest.mark.parametrize("kind", ["masked", "classification"])
+def test_a_started_run_resumes_where_its_start_is_gone(
+    kind: str, make_config: MakeConfig, classes: MakeConfig, tmp_path: Path
+) -> None:
+    first = make_config(*MASKED, "train.steps=1", f"output.dir={tmp_path / 'first'}")
+    source = run_training(first).run_dir
+    data = (classes() if kind == "classification" else make_config(*MASKED)).model_dump()
+    data["model"] = {"init_from": str(source)}
+    data["train"]["save_every"] = 2
+    whole = data | {"output": {"dir": str(tmp_path / "whole")}}
+    expected = run_training(RunConfig.model_validate(whole)).checkpoint
+    config = RunConfig.model_validate(data)
+    with pytest.raises(Crash):
+        run_training(config, progress=CrashAt(3))
+    source.rename(tmp_path / "elsewhere")
+    assert_same_checkpoint(run_training(config, resume=True).checkpoint, expected)
 
 
 def test_the_command_names_what_it_measured(

@@ -48,6 +48,11 @@ def chat(
     values = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling = validate(SamplingConfig, values, source="options of chat")
     model = common.open_model(checkpoint, device, dtype)
+    if not model.config.causal:
+        raise ValueError(
+            f"{checkpoint} is a model with causal = false; expected true: only a causal model "
+            "generates; take another"
+        )
     conversation = Conversation(
         model,
         common.open_tokenizer(checkpoint, tokenizer, model),

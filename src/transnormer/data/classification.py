@@ -17,6 +17,8 @@ from transnormer.data.shards import TokenSource, write_shards
 from transnormer.data.tokenizers.base import Tokenizer
 
 _TOKENS, LABELS = "tokens", "labels.npy"
+# Classes that a message lists.
+_NAMED = 10
 
 
 class Fields(NamedTuple):
@@ -85,6 +87,11 @@ def read_labelled(
                     )
                 line = line._replace(label=choices[line.label])
             texts.append(line)
+    if not texts and without:
+        raise ValueError(
+            f"{name} is {pattern!r}, all of which is held out or empty; expected other lines of "
+            "JSON beside it; make data.heldout a share, or another file"
+        )
     if not texts:
         raise ValueError(
             f"{name} is {pattern!r}, which holds no line of JSON; expected .jsonl files, one object "
@@ -186,9 +193,10 @@ def write_labelled(
     number = {label: index for index, label in enumerate(classes)}
     for text in texts:
         if text.label not in number:
+            known = ", ".join(map(str, classes[:_NAMED])) + (", ..." if classes[_NAMED:] else "")
             raise ValueError(
                 f"{text.name}: label is {text.label!r}; expected a class of the training part: "
-                f"{', '.join(map(str, classes))}"
+                f"{known}; hold out other texts, or remove it"
             )
     documents = (Document(text.name, text.text) for text in texts)
     write_shards(documents, tokenizer, directory / _TOKENS, source=source)

@@ -146,9 +146,19 @@ def load_any(
             raise
         raise ValueError(f"{error}; {older} is whole: load that") from error
     with torch.device("meta"):
-        model = Decoder(config) if isinstance(config, DecoderConfig) else SequenceClassifier(config)
+        model = _new(config)
     assemble(model, stored, directory, stored_name, device=device, dtype=dtype)
     return model
+
+
+def new_like(directory: str | Path) -> AnyModel:
+    """A model as the step or saved model in a directory, on the CPU, with weights of its own."""
+    file = Path(directory) / CONFIG
+    return _new(_config_of(files.read_json(file), file))
+
+
+def _new(config: AnyConfig) -> AnyModel:
+    return Decoder(config) if isinstance(config, DecoderConfig) else SequenceClassifier(config)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         mask: Tensor | None,
         state: LayerState | None,
+        shape: tuple[int, ...] | None = None,
         shared: Any = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, LayerState | None]:
@@ -134,6 +135,7 @@ class Block(nn.Module):
             cu_seqlens=cu_seqlens,
             mask=mask,
             state=state,
+            shape=shape,
             shared=shared,
             **({"keep_state": False} if drops else {}),
         )
@@ -175,6 +177,10 @@ class Decoder(nn.Module):
             self.position_embedding = nn.Embedding(config.max_positions, config.model_dim)
         self.shared = _shared_parts(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(len(config.blocks)))
+        # Tokens in front of the grid of ``shape``. Read here, since graphs cannot look for a field.
+        self._condition_tokens: int = max(
+            getattr(block.token_mixer, "condition_tokens", 0) for block in config.blocks
+        )
         self._layer_types: tuple[type, ...] = ()
         if config.causal:
             self._layer_types = tuple(map(type, self.empty_state(0, device="meta").layers))
@@ -217,6 +223,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        shape: tuple[int, ...] | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, DecoderState | None]:
         """What the head reads: normed hidden states, [batch, seq, model_dim], and the new state.
@@ -225,6 +232,9 @@ class Decoder(nn.Module):
         """
         config = self.config
         inputs.check(input_ids, config.vocab_size, state, cu_seqlens, mask, config.causal)
+        if shape is not None:
+            lead, packed = self._condition_tokens, cu_seqlens is not None
+            inputs.check_shape(shape, input_ids.shape[1], lead, config.causal, packed)
         if state is not None:
             inputs.check_state(state, self._layer_types, input_ids, cu_seqlens)
         mask = inputs.needed_mask(mask)
@@ -245,6 +255,7 @@ class Decoder(nn.Module):
                 cu_seqlens=cu_seqlens,
                 mask=mask,
                 state=None if state is None else state.layers[i],
+                shape=shape,
                 shared=shared.get(config.blocks[i].token_mixer.kind),
                 keep_state=keep_state,
             )
@@ -263,6 +274,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
         logits_to_keep: int | None = None,
     ) -> DecoderOutput:
         """Logits of every token, and the state after the last.
@@ -276,14 +288,19 @@ class Decoder(nn.Module):
                 state rows are sequences.
             mask: bool [batch, seq]; a False token (a pad) leaves no trace in any state; its own
                 logits mean nothing.
+            shape: extents of the grid that each row holds, row-major, after the condition tokens
+                that a mixer may have; their product is seq. Mixers with axes work in it, by
+                coordinates and not by ``positions``; the others read the row as a sequence.
             logits_to_keep: only the last n of each row (of each packed sequence, concatenated).
 
         Raises:
-            ValueError: shapes, ids outside the vocabulary, a state of another model or batch.
+            ValueError: shapes, ids outside the vocabulary, a state of another model or batch, no
+                ``shape`` where a mixer has several axes.
             TypeError: dtypes.
-            NotImplementedError: a state for a bidirectional model.
+            NotImplementedError: a state for a bidirectional model; ``shape`` for a causal one, or
+                with cu_seqlens.
         """
-        x, state = self.hidden(input_ids, state, positions, cu_seqlens, mask)
+        x, state = self.hidden(input_ids, state, positions, cu_seqlens, mask, shape=shape)
         if logits_to_keep is not None:
             x = inputs.keep_last(x, logits_to_keep, cu_seqlens)
         return DecoderOutput(F.linear(x, self.head_weight), state)
@@ -298,6 +315,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Cross-entropy in nats, float32 (float64 for a float64 model), without the full logits.
 
@@ -305,7 +323,7 @@ class Decoder(nn.Module):
             input_ids: [batch, seq].
             labels: int64 [batch, seq]; position t predicts labels[t]; -100 is ignored.
             reduction: "mean" over the labels that count (0 where there are none), or "sum".
-            state, positions, cu_seqlens, mask: as ``forward``'s.
+            state, positions, cu_seqlens, mask, shape: as ``forward``'s.
 
         Raises:
             ValueError: as ``forward``; an unknown reduction, labels of another shape.
@@ -318,7 +336,9 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"labels has shape {list(labels.shape)}; expected input_ids' {list(input_ids.shape)}"
             )
-        x, _ = self.hidden(input_ids, state, positions, cu_seqlens, mask, keep_state=False)
+        x, _ = self.hidden(
+            input_ids, state, positions, cu_seqlens, mask, shape=shape, keep_state=False
+        )
         losses = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
         if reduction == "sum":
             return losses.sum()

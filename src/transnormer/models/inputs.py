@@ -1,5 +1,7 @@
 """What a decoder's forward pass may be given: checks, positions, and which logits to keep."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,32 @@ def check(
             raise TypeError(f"mask is {mask.dtype}; expected torch.bool, True at real tokens")
     if state is not None and not causal:
         raise NotImplementedError("a bidirectional model (causal=False) has no state; pass None")
+
+
+def check_shape(
+    shape: tuple[int, ...], seq: int, condition_tokens: int, causal: bool, packed: bool
+) -> None:
+    """Raise unless the extents of a grid fit a bidirectional model's seq tokens."""
+    if causal:
+        raise NotImplementedError(
+            f"shape is {shape}; expected None for a causal model: a grid has no one order, and a "
+            "state holds none; use causal=False"
+        )
+    if packed:
+        raise NotImplementedError(
+            f"shape is {shape}; expected None with cu_seqlens: grids are not packed; give them as "
+            "the rows of a batch"
+        )
+    if not isinstance(shape, tuple) or not all(isinstance(extent, int) for extent in shape):
+        raise TypeError(f"shape is {shape!r}; expected a tuple of integers or None")
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape is {shape}; expected one or more extents of at least 1")
+    if math.prod(shape) + condition_tokens != seq:
+        lead = f" after {condition_tokens} condition tokens" if condition_tokens else ""
+        raise ValueError(
+            f"shape is {shape}, {math.prod(shape)} tokens; expected the {seq - condition_tokens} of "
+            f"each row of input_ids{lead}"
+        )
 
 
 def check_state(

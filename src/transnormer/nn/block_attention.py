@@ -1,4 +1,4 @@
-"""Attention within blocks: each sequence is cut at its every block_size-th token."""
+"""Attention within blocks: of every block_size tokens of a sequence, or of neighbours in a grid."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transnormer.nn.grid import from_blocks, to_blocks
 from transnormer.nn.state import KVState
 
 # (q, k, v, distance, visible) -> o: q [blocks, heads, queries, key_dim], k [blocks, heads, keys,
@@ -57,6 +58,47 @@ def block_attention(
         if q.shape[1] == 1 and cu_seqlens is None:
             return _one_token(q, k, v, attend, state, mask)
     return _scattered(q, k, v, attend, block_size, causal, state, cu_seqlens, mask)
+
+
+def grid_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attend: Attend,
+    *,
+    shape: tuple[int, ...],
+    block_shape: tuple[int, ...],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of each token of a grid to the tokens of its own block, both ways.
+
+    The token at coordinates s lies in block s_j // block_shape_j along each axis j. The places that
+    fill up the last block of an axis are seen by nobody. A masked token keeps its place: in a grid
+    the others do not close up.
+
+    Args:
+        q: [batch, seq, heads, key_dim], seq row-major over ``shape``.
+        k: [batch, seq, heads, key_dim].
+        v: [batch, seq, heads, value_dim].
+        attend: the attention of one block, see ``Attend``; slots are row-major in the block.
+        shape: extents of the grid; their product is seq.
+        block_shape: extents of a block, one an axis.
+        mask: bool [batch, seq]; nobody sees False tokens, and their o is 0.
+
+    Returns:
+        o, [batch, seq, heads, value_dim].
+    """
+    batch, seq = q.shape[:2]
+    real = torch.ones(1, seq, dtype=torch.bool, device=q.device) if mask is None else mask
+    taken = to_blocks(real, shape, block_shape)
+    first = torch.arange(taken.shape[2], device=q.device) == 0
+    # One slot is visible where all are masked: softmax over nothing is not a number.
+    visible = taken | (first & ~taken.any(-1, keepdim=True))
+    visible = visible.expand(batch, -1, -1).flatten(0, 1)[:, None, None]
+    q, k, v = (to_blocks(x, shape, block_shape).flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+    o = attend(q, k, v, _distances(first.shape[0], q.device), visible).transpose(1, 2)
+    o = from_blocks(o.unflatten(0, (batch, -1)), shape, block_shape)
+    return o if mask is None else o.masked_fill(~mask[..., None, None], 0.0)
 
 
 def empty_block(

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from transnormer.nn.grid import check_extents, coordinates
 from transnormer.nn.precision import KeepPrecision
 from transnormer.nn.rotary import turns
 from transnormer.ops.checks import accumulation_dtype
@@ -68,17 +69,6 @@ class Lrpe(KeepPrecision):
         return tuple(torch.cat([y * cos, y * sin], -1).to(y.dtype) for y in x)
 
 
-def check_extents(shape: tuple[int, ...] | None, axes: int, seq: int) -> tuple[int, ...]:
-    """The shape, if it has this many axes and holds seq tokens; raises ValueError otherwise."""
-    if shape is None or len(shape) != axes:
-        raise ValueError(f"shape is {shape}; expected {axes} extents, one an axis")
-    if math.prod(shape) != seq:
-        raise ValueError(
-            f"shape is {tuple(shape)}, {math.prod(shape)} tokens; expected the {seq} of the input"
-        )
-    return tuple(shape)
-
-
 class MdLrpe(Lrpe):
     """LRPE over several axes (MD-LRPE): each axis turns its own part of the channels.
 
@@ -117,11 +107,8 @@ class MdLrpe(Lrpe):
                 check_extents(shape, 1, positions.shape[1])
             return [positions]
         extents = check_extents(shape, self.axes, positions.shape[1] - self.condition_tokens)
-        grid = torch.meshgrid(
-            *(torch.arange(n, device=positions.device) for n in extents), indexing="ij"
-        )
         lead = positions.new_zeros(self.condition_tokens)
-        return [torch.cat([lead, axis.flatten()])[None] for axis in grid]
+        return [torch.cat([lead, x])[None] for x in coordinates(extents, positions.device)]
 
     def angles(self, positions: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
         """Angles mod 2 pi, [batch or 1, seq, heads, head_dim].

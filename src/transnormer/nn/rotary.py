@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from transnormer.nn.grid import check_extents, coordinates
 from transnormer.nn.precision import KeepPrecision
 from transnormer.ops.checks import accumulation_dtype
 
@@ -34,6 +35,10 @@ class Rotary(KeepPrecision):
     the same with ``last_included`` frequencies and neighbouring pairs. LRPE's rotary form (Qin et
     al. 2022, arXiv:2210.10340) learns theta and reflects by a fixed unit vector first.
 
+    A token of a grid, with coordinates s_1 .. s_k, has the angles [s_1 theta, .., s_k theta], cut to
+    head_dim / 2: each axis turns its own share of the pairs, and scores depend on the differences of
+    coordinates. The axes share theta, as in ``MdLrpe``.
+
     Args:
         head_dim: channels of a head, even.
         base: theta runs from 1 down to 1/base.
@@ -43,6 +48,7 @@ class Rotary(KeepPrecision):
             of base^(-i / n).
         learned: train theta, float32 or better.
         reflect: x - 2 v v^T x first, with a fixed random unit vector v (Householder).
+        axes: k; theta has ceil(head_dim / 2 / k) frequencies. One axis turns by ``positions``.
     """
 
     theta: Tensor
@@ -57,16 +63,17 @@ class Rotary(KeepPrecision):
         last_included: bool = False,
         learned: bool = False,
         reflect: bool = False,
+        axes: int = 1,
     ) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; expected an even number for rotary pairs")
         self.head_dim, self.base, self.pairs = head_dim, base, pairs
-        self.last_included, self.learned = last_included, learned
+        self.last_included, self.learned, self.axes = last_included, learned, axes
         # Fixed frequencies stay float64: float32 would turn position 4,000,000 by 0.1.
         self.lowest = torch.float32 if learned else torch.float64
         dtype = accumulation_dtype(torch.get_default_dtype()) if learned else torch.float64
-        theta = torch.empty(head_dim // 2, dtype=dtype)
+        theta = torch.empty(-(-head_dim // (2 * axes)), dtype=dtype)
         if learned:
             self.theta = nn.Parameter(theta)
         else:
@@ -76,7 +83,7 @@ class Rotary(KeepPrecision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        count = self.head_dim // 2
+        count = self.theta.shape[0]
         steps = max(count - 1, 1) if self.last_included else count
         index = torch.arange(count, dtype=torch.float64, device=self.theta.device)
         self.theta.copy_(torch.exp(index * (-math.log(self.base) / steps)))
@@ -98,8 +105,30 @@ class Rotary(KeepPrecision):
             y = torch.stack(turned, -1).flatten(-2)
         return y.to(x.dtype)
 
-    def forward(self, x: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, ...]:
-        """Rotate each of x, [batch, seq, heads, head_dim], by int64 positions [batch, seq]."""
-        angles = turns(positions, self.theta, accumulation_dtype(x[0].dtype))[:, :, None]
+    def _angles(
+        self, positions: Tensor, shape: tuple[int, ...] | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Angles of the pairs mod 2 pi, [batch or 1, seq, head_dim / 2]."""
+        if self.axes == 1:
+            return turns(positions, self.theta, dtype)
+        extents = check_extents(shape, self.axes, positions.shape[1])
+        where = coordinates(extents, positions.device)
+        parts = [turns(axis[None], self.theta, dtype) for axis in where]
+        return torch.cat(parts, -1)[..., : self.head_dim // 2]
+
+    def forward(
+        self, x: tuple[Tensor, ...], positions: Tensor, shape: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Rotate each of x, [batch, seq, heads, head_dim].
+
+        Args:
+            x: any number of tensors.
+            positions: int64 [batch, seq]; what one axis turns by.
+            shape: extents of the axes, whose product is seq; one axis ignores it.
+
+        Raises:
+            ValueError: several axes, and a shape of other axes or of another number of tokens.
+        """
+        angles = self._angles(positions, shape, accumulation_dtype(x[0].dtype))[:, :, None]
         cos, sin = angles.cos(), angles.sin()
         return tuple(self._rotated(y, cos, sin) for y in x)

@@ -4,6 +4,7 @@ It is kept in the run directory, so that a resumed run reads the very same texts
 parts whatever has become of the files at data.path.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +29,8 @@ from transnormer.train.training_data import given_tokenizer
 
 _TOKENIZER, _RECORD = "tokenizer", "data.json"
 _TRAIN, _HELDOUT = "train", "heldout"
+# Classes whose shares are told.
+_SHOWN = 10
 
 
 class LabelledData(NamedTuple):
@@ -123,10 +126,11 @@ def _prepare(config: RunConfig, folder: Path, tell: Callable[[str], None]) -> No
 
 
 def _shares(texts: Sequence[Labelled]) -> str:
-    labels = [text.label for text in texts]
-    return ", ".join(
-        f"{label} {labels.count(label) / len(labels):.1%}" for label in find_classes(texts)
-    )
+    """The classes' shares of the texts, of the first classes only where there are many."""
+    counts, classes = Counter(text.label for text in texts), find_classes(texts)
+    shares = [f"{label} {counts[label] / len(texts):.1%}" for label in classes[:_SHOWN]]
+    more = len(classes) - len(shares)
+    return ", ".join([*shares, f"and {more:,} more classes"] if more else shares)
 
 
 def _tell_cut(source: LabelledSource, config: RunConfig, tell: Callable[[str], None]) -> None:

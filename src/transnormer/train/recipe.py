@@ -292,7 +292,7 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _check_objective(self) -> "RunConfig":
         if self.model.init_from is None:
-            self.check_causality()
+            self.check_model()
         if isinstance(self.objective, ClassificationConfig):
             self._check_classification(self.objective)
         return self
@@ -312,6 +312,10 @@ class RunConfig(Config):
                     f"{key} is {value}; expected it unset: it means nothing to objective.kind = "
                     "'classification'; leave it out"
                 )
+        if self.data.seq < 2:
+            raise ValueError(
+                f"data.seq is {self.data.seq}; expected at least 2: a start token and a text"
+            )
         if len(self.data.paths) > 1 or self.data.paths[0] == EMBEDDED:
             raise ValueError(
                 f"data.path is {self.data.path!r}; expected one path of JSON lines with "
@@ -319,10 +323,17 @@ class RunConfig(Config):
                 "'classification'"
             )
 
-    def check_causality(self) -> None:
+    def check_model(self) -> None:
         """Raise ValueError where the objective cannot train a model of this causality."""
         wanted = self.objective.causal
         causal = self.model.build(1, pad=None, bos=None, eos=None).causal
+        if isinstance(self.objective, ClassificationConfig):
+            if causal and self.objective.pooling == "first":
+                raise ValueError(
+                    "objective.pooling is 'first' and model.causal true, so that the first token "
+                    "has seen no other; expected 'mean' or 'last', or model.causal = false"
+                )
+            return
         if wanted is None or causal is wanted:
             return
         why = (

@@ -173,7 +173,9 @@ def read_run_config(run_dir: Path) -> RunConfig:
 def check_same_run(old: RunConfig, new: RunConfig, run_dir: Path) -> None:
     """Raise ValueError with the first key that would change the result of the run."""
     before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
-    for key in sorted(before.keys() | after.keys()):
+    # Keys that one of them lacks last: they follow from a change of another, a kind or a name.
+    shared = before.keys() & after.keys()
+    for key in sorted(before.keys() | after.keys(), key=lambda key: (key not in shared, key)):
         if key not in MAY_CHANGE and before.get(key) != after.get(key):
             raise ValueError(
                 f"{key} is {after.get(key)!r}; expected {before.get(key)!r}, as the run in "

@@ -155,7 +155,10 @@ class Trainer:
         self.counters = Counters(step=0, next_sample=0, tokens=0, seconds=0.0, precision=precision)
         self.parts = config.samples_per_step // config.micro_batch // sync.world_size
         torch.manual_seed(train.seed)
-        self.model = sync.wrap(objective.build_model().to(device))
+        found = checkpoints.find_checkpoint(run_dir).path
+        # Of a run that goes on, model.init_from may be gone.
+        model = objective.build_model() if found is None else checkpoint.new_like(found)
+        self.model = sync.wrap(model.to(device))
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.records: Records | None = None
 

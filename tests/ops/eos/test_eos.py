@@ -1,5 +1,6 @@
 """eos: its implementations against the recurrence, its state, gradients, limits and errors."""
 
+import cmath
 import importlib
 import math
 from collections.abc import Callable
@@ -268,6 +269,21 @@ def test_compiles_whole(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(parts(y), parts(x)) < 1e-12
 
 
+def test_complex_numbers_of_modulus_1_are_taken() -> None:
+    i, e, s = (torch.randn(1, 6, 1, 4, dtype=torch.float64) for _ in range(3))
+    for turn in range(40):
+        o = cmath.exp(1j * turn / 7)
+        exact = eos(i, e, s, o, implementation="reference")
+        check(eos(i, e, s, o), exact)
+
+
+@pytest.mark.parametrize("number", [0.9, 0.6 - 0.7j, 1.5j, 0j])
+def test_compiles_whole_with_a_number(number: complex) -> None:
+    i, e, s = (torch.randn(1, 6, 1, 4) for _ in range(3))
+    compiled = torch.compile(lambda *x: eos(*x, number), backend="aot_eager", fullgraph=True)
+    check(compiled(i, e, s), eos(i, e, s, number), 0.0)
+
+
 def test_autocast_rounds_the_inputs_and_not_the_sums() -> None:
     case = make_case("full", 20, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -276,6 +292,15 @@ def test_autocast_rounds_the_inputs_and_not_the_sums() -> None:
     exact = case.run(i=i, e=e, s=s)
     assert y.dtype == torch.bfloat16
     check((y, state), exact, 0.0)
+
+
+def test_autocast_leaves_what_stands_beside_a_complex_input() -> None:
+    case = make_case("phase", 20, torch.float32)
+    case = case._replace(i=torch.complex(case.i, case.i.flip(1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.run()
+    assert found[0].dtype == torch.float32
+    check(found, case.run(), 0.0)
 
 
 def arguments(**changes: object) -> dict[str, object]:

@@ -22,6 +22,7 @@ class _Size(NamedTuple):
     vocab_size: int
     bias: bool = True
     causal: bool = True
+    block_shape: tuple[int, ...] | None = None
 
 
 # Qin et al. 2022, arXiv:2210.10340: "base" is the language model of WikiText-103, whose 44.64 M
@@ -29,29 +30,37 @@ class _Size(NamedTuple):
 # 50,265 tokens of the GPT-2 BPE; "encoder" is the bidirectional model in RoBERTa's shape. The GLU
 # is int(8 d / 3) wide. "379m" is the comparison of arXiv:2405.17381 at 385 M, which prints nothing
 # but the parameters: here the depth, width and heads of TransNormerLLM-385M, and the GLU of 3 d
-# that gives 379 M with its vocabulary of 50,272, as it does for its row without a gate.
+# that gives 379 M with its vocabulary of 50,272, as it does for its row without a gate. "vit-tiny"
+# and "vit-small" are the depth, widths and blocks of the paper's models of images; heads of 64
+# channels and 1,024 codes are ours.
 SIZES: dict[str, _Size] = {
     f"{variant}-{name}": size._replace(variant=variant)
     for name, size in {
         "base": _Size("t1", 6, 512, 8, 1365, 50_265),
         "379m": _Size("t1", 24, 1024, 8, 3072, 50_272, bias=False),
         "encoder": _Size("t1", 12, 768, 12, 2048, 50_265, causal=False),
+        "vit-tiny": _Size("t1", 12, 192, 3, 512, 1024, causal=False, block_shape=(4, 4)),
+        "vit-small": _Size("t1", 12, 384, 6, 1024, 1024, causal=False, block_shape=(4, 4)),
     }.items()
     for variant in ("t1", "t2")
 }
 
 
-def norm_attention(variant: Variant, heads: int, *, bias: bool = True) -> LightningConfig:
+def norm_attention(
+    variant: Variant, heads: int, *, bias: bool = True, axes: int = 1
+) -> LightningConfig:
     """NormAttention: O = norm(phi(Q) (phi(K)^T V)) without denominator, decay or gate.
 
     phi is elu (T1) or 1 + elu (T2), LRPE in its rotary form comes after it, and the norm is over
     the merged heads (Qin et al. 2022, arXiv:2210.10340, section 4.1). Its gradient is bounded, and
-    that of linear attention divided by its sum of weights is not.
+    that of linear attention divided by its sum of weights is not. With several axes LRPE turns by
+    the coordinates of a grid.
     """
     return LightningConfig(
         heads=heads,
         lrpe=True,
         lrpe_form="rotary",
+        lrpe_axes=axes,
         decay="none",
         gate="none",
         qk_activation="elu" if variant == "t1" else "1+elu",
@@ -61,12 +70,18 @@ def norm_attention(variant: Variant, heads: int, *, bias: bool = True) -> Lightn
 
 
 def diag_attention(
-    variant: Variant, heads: int, *, block_size: int = 64, bias: bool = True
+    variant: Variant,
+    heads: int,
+    *,
+    block_size: int = 64,
+    block_shape: tuple[int, ...] | None = None,
+    bias: bool = True,
 ) -> DiagAttentionConfig:
     """DiagAttention: relu weights and a norm (T1), or softmax without one (T2)."""
     return DiagAttentionConfig(
         heads=heads,
         block_size=block_size,
+        block_shape=block_shape,
         weights="relu" if variant == "t1" else "softmax",
         norm=NORM if variant == "t1" else None,
         bias=bias,
@@ -82,6 +97,7 @@ def transnormer_custom(
     heads: int,
     glu_dim: int,
     block_size: int = 64,
+    block_shape: tuple[int, ...] | None = None,
     layout: Literal["halves", "every_layer"] = "halves",
     bias: bool = True,
     causal: bool = True,
@@ -96,6 +112,10 @@ def transnormer_custom(
         variant: "t1" (relu and elu) or "t2" (softmax and 1 + elu).
         vocab_size, model_dim, num_layers, heads, glu_dim: sizes.
         block_size: tokens of a block of DiagAttention.
+        block_shape: extents of a block of DiagAttention, one an axis, for a model of grids
+            (causal=False): then ``Decoder.forward`` takes the grid's extents as ``shape``, and LRPE
+            turns by coordinates in all layers. What the model reads are tokens, pixels or codes as
+            ids; patches of images that a projection embeds are not part of it.
         layout: "halves": the first num_layers // 2 layers have DiagAttention, the others
             NormAttention (the paper); "every_layer": each layer is DiagAttention, then
             NormAttention, then the GLU (the released configurations for Long Range Arena), which
@@ -104,16 +124,18 @@ def transnormer_custom(
         causal: False is the bidirectional model.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes that do not fit each other, block_shape in a causal model.
     """
+    if block_shape is not None and causal:
+        raise ValueError(f"block_shape is {block_shape}; expected None unless causal is False")
     if num_layers < 1:
         raise ValueError(f"num_layers is {num_layers}; expected at least 1")
     if heads < 1 or model_dim % heads:
         raise ValueError(f"heads is {heads}; expected a divisor of model_dim, which is {model_dim}")
     if variant not in ("t1", "t2"):
         raise ValueError(f"variant is {variant!r}; expected 't1' or 't2'")
-    near = diag_attention(variant, heads, block_size=block_size, bias=bias)
-    far = norm_attention(variant, heads, bias=bias)
+    near = diag_attention(variant, heads, block_size=block_size, block_shape=block_shape, bias=bias)
+    far = norm_attention(variant, heads, bias=bias, axes=len(block_shape or (block_size,)))
     glu = GluConfig(hidden_dim=glu_dim, activation="silu", bias=bias)
     if layout == "halves":
         mixers = [near] * (num_layers // 2) + [far] * (num_layers - num_layers // 2)
@@ -137,9 +159,15 @@ def transnormer_custom(
 def transnormer(size: str, vocab_size: int | None = None) -> DecoderConfig:
     """TransNormer of a published size.
 
+    "vit-tiny" and "vit-small" are the layout of the paper's models of images, six layers of
+    DiagAttention in blocks of 4 x 4 and six of NormAttention with LRPE of two axes: call them with
+    ``shape=(rows, columns)``. They read grids of tokens, pixels or codes as ids. The embedding of
+    patches of an image, the learned absolute positions that the paper adds to it, and the pooling
+    for a class are not part of them.
+
     Args:
-        size: "t1-" or "t2-" and "base", "379m" or "encoder".
-        vocab_size: None is the published vocabulary (50,265; 379m: 50,272).
+        size: "t1-" or "t2-" and "base", "379m", "encoder", "vit-tiny" or "vit-small".
+        vocab_size: None is the published vocabulary (50,265; 379m: 50,272), or 1,024 codes for vit.
 
     Raises:
         ValueError: an unknown size.
@@ -156,4 +184,5 @@ def transnormer(size: str, vocab_size: int | None = None) -> DecoderConfig:
         glu_dim=row.glu_dim,
         bias=row.bias,
         causal=row.causal,
+        block_shape=row.block_shape,
     )

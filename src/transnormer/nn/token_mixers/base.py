@@ -65,7 +65,8 @@ class TokenMixer(nn.Module, ABC):
                 means nothing.
             state: what an earlier call returned, rows [batch or num_sequences]; None at the start.
                 Never modified.
-            shape: extents of a multi-dimensional input, whose product is seq; None is a sequence.
+            shape: extents of a multi-dimensional input, whose product is seq; None is a sequence. A
+                mixer without axes reads a sequence in any case.
             shared: the result of the kind's shared part, see ``TokenMixerBase.build_shared``.
 
         Returns:

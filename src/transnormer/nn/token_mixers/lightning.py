@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transnormer.nn.activations import Activation, activation
 from transnormer.nn.core import LinearAttentionCore
 from transnormer.nn.norms import NormConfig
-from transnormer.nn.positions import Lrpe, LrpeInit
+from transnormer.nn.positions import Lrpe, LrpeInit, MdLrpe
 from transnormer.nn.precision import KeepPrecision
 from transnormer.nn.rotary import Rotary
 from transnormer.nn.state import zeros
@@ -33,6 +33,9 @@ class LightningConfig(TokenMixerBase):
             key_dim (TransNormer T1 and T2).
         lrpe_init: of the doubled form: frequencies over all heads ("global", released) or each
             head's own ("head", or "half" with the lower half of them 0), see ``Lrpe``.
+        lrpe_axes: axes of the input; more than one turns by the coordinates of the grid, ``shape`` in
+            the call (see ``Rotary`` and ``MdLrpe``), in bidirectional models. One reads a sequence,
+            whatever ``shape`` is. The decay is along the sequence in both cases.
         decay: rule of the heads' decays, see ``ops.decay``; "none" is plain linear attention.
         decay_temperature: scale the decay by depth (the paper's 1 - l/L).
         qk_activation, v_activation: of q and k, and of v.
@@ -51,6 +54,7 @@ class LightningConfig(TokenMixerBase):
     lrpe: bool = False
     lrpe_form: Literal["doubled", "rotary"] = "doubled"
     lrpe_init: LrpeInit = "global"
+    lrpe_axes: int = Field(default=1, ge=1)
     decay: DecayRule = "tnl"
     decay_temperature: bool = True
     qk_activation: Activation = "silu"
@@ -66,6 +70,13 @@ class LightningConfig(TokenMixerBase):
     def build(
         self, model_dim: int, layer_index: int, num_layers: int, *, causal: bool
     ) -> "Lightning":
+        if self.lrpe_axes > 1 and causal:
+            raise NotImplementedError(
+                f"lrpe_axes is {self.lrpe_axes}; expected 1 in a causal model, since a grid has no "
+                "one order; use causal=False"
+            )
+        if self.lrpe_axes > 1 and not self.lrpe:
+            raise ValueError(f"lrpe_axes is {self.lrpe_axes}; expected 1 where lrpe is False")
         return Lightning(self, model_dim, layer_index, num_layers, causal=causal)
 
 
@@ -134,11 +145,13 @@ class Lightning(TokenMixer):
             rank = config.gate_rank or self.head_dim
             self.gate_down_proj = nn.Linear(model_dim, rank, bias=config.bias)
             self.gate_up_proj = nn.Linear(rank, hidden_dim, bias=config.bias)
-        self.lrpe = None
-        if doubled:
+        self.lrpe, axes = None, config.lrpe_axes
+        if doubled and axes == 1:
             self.lrpe = Lrpe(config.heads, self.head_dim, init=config.lrpe_init)
+        elif doubled:
+            self.lrpe = MdLrpe(config.heads, self.head_dim, axes=axes, init=config.lrpe_init)
         elif config.lrpe:
-            self.lrpe = Rotary(self.head_dim, learned=True, reflect=True)
+            self.lrpe = Rotary(self.head_dim, learned=True, reflect=True, axes=axes)
         self.decay = ConstantLogDecay(config, layer_index, num_layers)
         self.core = LinearAttentionCore(causal=causal, implementation=config.implementation)
         self.norm = config.norm.build(hidden_dim)
@@ -161,14 +174,23 @@ class Lightning(TokenMixer):
         shape: tuple[int, ...] | None = None,
         shared: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """As ``TokenMixer.forward``.
+
+        Raises:
+            ValueError: with several lrpe_axes, no shape or one that does not fit the input.
+            NotImplementedError: with several lrpe_axes, packed sequences.
+        """
         config = self.config
+        if config.lrpe_axes > 1 and cu_seqlens is not None:
+            raise NotImplementedError("cu_seqlens is given; expected None with several lrpe_axes")
         # The local head count is inferred, so that a slice of the heads runs unchanged.
         parts = self.qkvu_proj(x).chunk(4 if config.gate == "full" else 3, -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])
         act = activation(config.qk_activation)
         q, k, v = act(q), act(k), activation(config.v_activation)(v)
         if self.lrpe is not None:
-            q, k = self.lrpe((q, k), positions)
+            where = (positions,) if config.lrpe_axes == 1 else (positions, shape)
+            q, k = self.lrpe((q, k), *where)
         log_decay = None if config.decay == "none" else self.decay(q.dtype)
         o, state = self.core(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask)
         o, gate = o.flatten(2), self._gate(x, parts[3] if len(parts) == 4 else None)

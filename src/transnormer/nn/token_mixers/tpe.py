@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from transnormer.nn.positions import check_extents
+from transnormer.nn.grid import check_extents
 from transnormer.nn.precision import KeepPrecision
 from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase

@@ -4,7 +4,6 @@ One op for linear recurrences with a matrix memory, the frame of Qin et al. 2024
 arXiv:2405.17383). ``rows`` and ``rows_state_space`` hold the known models as its arguments.
 """
 
-import cmath
 import math
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -155,7 +154,9 @@ def _number_as_log(name: str, x: complex | float) -> complex | float | None:
     if isinstance(x, complex):
         if x == 0:
             return complex(-math.inf, 0.0)
-        return cmath.log(x) if abs(x) <= 1 else None
+        # cmath.log puts numbers of modulus 1 above 0, and compilers do not know it.
+        size = math.hypot(x.real, x.imag)
+        return complex(math.log(size), math.atan2(x.imag, x.real)) if size <= 1 else None
     if not 0 <= x <= 1:
         return None
     return math.log(x) if x else -math.inf
@@ -204,8 +205,8 @@ def eos(
     m_t = psi(o_t, m_{t-1}) + e_t i_t^T;  y_t = Re(m_t^T s_t), where psi is the product of entries
     ("diag") or of matrices ("matmul"). No conjugate is taken. Sums and state are float32 (float64
     for float64 inputs) or the complex dtype of that precision. Differentiable in every tensor.
-    Under autocast real i, e and s are cast, the others are not. Source: Qin et al. 2024 (LCSM),
-    arXiv:2405.17383.
+    Under autocast real i, e and s are cast (beside a complex i none is), the others are not.
+    Source: Qin et al. 2024 (LCSM), arXiv:2405.17383.
 
     Args:
         i: inputs, [batch, seq, heads, value_dim], float64, float32, bfloat16, float16 or complex.
@@ -240,7 +241,7 @@ def eos(
         checks.check_tensor(name, x)
     if i.dtype not in REAL_OF:
         checks.check_float("i", i)
-    if checks.is_autocast_enabled(i.device.type):
+    if checks.is_autocast_enabled(i.device.type) and not i.is_complex():
         i, e, s = (x if x.is_complex() else x.to(checks.autocast_dtype(x)) for x in (i, e, s))
     _check_inputs(i, e, s)
     if psi not in ("diag", "matmul"):

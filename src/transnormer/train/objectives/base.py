@@ -115,6 +115,16 @@ def to_device(batch: BatchT, device: torch.device) -> BatchT:
     return type(batch)(*moved)
 
 
+def check_model(setting: Setting) -> None:
+    """Raise ValueError where the objective cannot train the model of model.init_from.
+
+    Nothing was known of it before. Once the run has its data this was done, and the source may be
+    gone.
+    """
+    if not setting.folder.is_dir():
+        setting.config.check_model()
+
+
 def decoder_config(config: RunConfig, tokenizer: Tokenizer, *, mask: bool = False) -> DecoderConfig:
     """The decoder of a run, with the tokenizer's special ids; with mask it has a mask token."""
     return config.model.build(

@@ -16,6 +16,7 @@ from transnormer.train.objectives.base import (
     Counts,
     Objective,
     Setting,
+    check_model,
     decoder_config,
     load_initial,
     to_device,
@@ -67,6 +68,7 @@ class ClassificationObjective(Objective[SequenceClassifier, LabelledBatch]):
         config = self.config = setting.config
         assert isinstance(config.objective, ClassificationConfig)
         self.objective = config.objective
+        check_model(setting)
         data = open_labelled_data(config, setting.folder, setting.tell)
         self.tokenizer, self.classes = data.tokenizer, data.classes
         self.train, self.heldout = data.train, data.heldout

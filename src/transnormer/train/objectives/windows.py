@@ -8,6 +8,7 @@ from transnormer.train.objectives.base import (
     Counts,
     Objective,
     Setting,
+    check_model,
     decoder_config,
     load_initial,
 )
@@ -21,8 +22,7 @@ class WindowObjective(Objective[Decoder, Batch]):
 
     def __init__(self, setting: Setting) -> None:
         config = self.config = setting.config
-        # Of model.init_from nothing was known before.
-        config.check_causality()
+        check_model(setting)
         data = open_training_data(config, setting.folder, setting.tell)
         self.tokenizer, self.sources = data.tokenizer, data.sources
         self.loader = Loader(
