@@ -91,7 +91,9 @@ def test_mistakes_name_the_key(make_config: MakeConfig, override: str, message: 
 
 def test_unknown_names_are_refused(make_config: MakeConfig) -> None:
     data = {**make_config().model_dump(), "model": {"name": "tnl-9b"}}
-    with pytest.raises(ValueError, match="name is 'tnl-9b'; expected one of .*tnl-385m"):
+    with pytest.raises(
+        ValueError, match="name is 'tnl-9b'; expected a published size.*did you mean .*tnl-"
+    ):
         RunConfig.model_validate(data)
 
 

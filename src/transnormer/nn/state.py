@@ -62,11 +62,6 @@ def from_named_tensors(name: str, tensors: dict[str, Tensor], like: LayerState) 
     return found[0] if isinstance(like, Tensor) else type(like)(*found)
 
 
-def rows_of(state: LayerState) -> int:
-    """Rows (sequences) of a layer's state."""
-    return tensors_of(state)[0].shape[0]
-
-
 def state_bytes(state: LayerState) -> int:
     """Bytes of a layer's state; works on the meta device."""
     return sum(x.numel() * x.element_size() for x in tensors_of(state))

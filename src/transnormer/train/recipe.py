@@ -62,8 +62,8 @@ class ModelConfig(Config):
                     f"{key} is {getattr(self, key)} beside init_from; expected it unset: it is the "
                     "checkpoint's; leave it out"
                 )
-        if self.name is not None and self.name not in zoo.names():
-            raise ValueError(f"name is {self.name!r}; expected one of {', '.join(zoo.names())}")
+        if self.name is not None:
+            zoo.check_name(self.name)
         return self
 
     @model_validator(mode="after")

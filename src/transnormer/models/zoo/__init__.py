@@ -32,6 +32,7 @@ from transnormer.models.zoo.transnormer import transnormer, transnormer_custom
 __all__ = [
     "ABLATIONS",
     "ablation",
+    "check_name",
     "cosformer",
     "cosformer2",
     "cosformer2_custom",
@@ -81,6 +82,18 @@ def names() -> list[str]:
     return [f"{family}-{size}" for family, (_, sizes) in _FAMILIES.items() for size in sizes]
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError, with the nearest names, for one that ``get`` does not take."""
+    if name in names():
+        return
+    close = difflib.get_close_matches(name, names(), n=3)
+    near = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(
+        f"name is {name!r}; expected a published size such as tnl-385m{near}; "
+        "`transnormer info` lists them"
+    )
+
+
 def get(name: str, *, vocab_size: int | None = None) -> DecoderConfig:
     """The configuration behind a name such as ``tnl-385m``; vocab_size None is the published one.
 
@@ -88,9 +101,6 @@ def get(name: str, *, vocab_size: int | None = None) -> DecoderConfig:
         ValueError: an unknown name.
     """
     family, _, size = name.partition("-")
-    if name not in names():
-        close = difflib.get_close_matches(name, names(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "transnormer info lists them"
-        raise ValueError(f"model name is {name!r}; expected one of {', '.join(names())}; {hint}")
+    check_name(name)
     build, _ = _FAMILIES[family]
     return build(size) if vocab_size is None else build(size, vocab_size=vocab_size)

@@ -20,6 +20,7 @@ from transnormer.ops.linear_attention.triton_gated_gradient import (
     value_gradient_kernel,
 )
 from transnormer.ops.linear_attention.triton_runtime import (
+    CARRY_BLOCK,
     arithmetic,
     block,
     device_of,
@@ -28,8 +29,6 @@ from transnormer.ops.linear_attention.triton_runtime import (
     walkable,
 )
 from transnormer.ops.linear_attention.triton_units import unit_table
-
-_CARRY_BLOCK = 1024
 
 
 class Prepared(NamedTuple):
@@ -163,11 +162,11 @@ class Call:
         entry, heads = torch.empty_like(ends), ends.shape[1]
         # Packed sequences take up their initial states within walks.
         begins = None if self.packed else initial
-        blocks = -(-self.key_dim * self.value_dim // _CARRY_BLOCK)
+        blocks = -(-self.key_dim * self.value_dim // CARRY_BLOCK)
         launch(
             carry_walks_kernel, self.batch * heads * blocks, ends, decays, begins, entry,
             walks.segments, heads, 1 if do is None else self.groups, K=self.key_dim,
-            V=self.value_dim, BLOCK=_CARRY_BLOCK, INITIAL=begins is not None,
+            V=self.value_dim, BLOCK=CARRY_BLOCK, INITIAL=begins is not None,
             AGAINST=self.reverse != (do is not None),
         )  # fmt: skip
         return entry

@@ -17,6 +17,7 @@ from transnormer.ops.linear_attention.triton_constant import (
 )
 from transnormer.ops.linear_attention.triton_decay_gradient import decay_gradient_kernel
 from transnormer.ops.linear_attention.triton_runtime import (
+    CARRY_BLOCK,
     arithmetic,
     block,
     device_of,
@@ -25,8 +26,6 @@ from transnormer.ops.linear_attention.triton_runtime import (
     walkable,
 )
 from transnormer.ops.linear_attention.triton_units import unit_table
-
-_CARRY_BLOCK = 1024
 
 
 class Call:
@@ -106,9 +105,9 @@ class Call:
             **self.arithmetic,
         )  # fmt: skip
         launch(
-            carry_kernel, self.sequences * heads * -(-k.shape[3] * v.shape[3] // _CARRY_BLOCK),
+            carry_kernel, self.sequences * heads * -(-k.shape[3] * v.shape[3] // CARRY_BLOCK),
             added, states, initial, self.log_decay, self.first_unit, self.table, *cut, heads,
-            groups, groups if against else 1, BLOCK=_CARRY_BLOCK, INITIAL=initial is not None,
+            groups, groups if against else 1, BLOCK=CARRY_BLOCK, INITIAL=initial is not None,
             **forms,
         )  # fmt: skip
         return states

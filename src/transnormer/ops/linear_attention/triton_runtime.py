@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Entries of a state that one program of a carry kernel hands on.
+CARRY_BLOCK = 1024
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
