@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import op_gpu_gated
 import op_gpu_parts
 import torch
 from gpu_timing import Clock, copy_gb_per_s, gradients, matmul_tflop_per_s
@@ -76,13 +77,13 @@ def warm_jobs(rows: list[Row], names: list[str]) -> list[tuple[str, list[str]]]:
     return jobs
 
 
-def warm(rows: list[Row], names: list[str], limit_s: float) -> dict[str, Any]:
-    """Compile the peers' kernels for all rows in parallel processes, into Triton's disk cache.
+def warm(jobs: list[tuple[str, list[str]]], limit_s: float) -> dict[str, Any]:
+    """Compile the peers' kernels in a process a job, side by side, into Triton's disk cache.
 
     FLA's tuning there is not kept (it would be one under contention); the main process tunes.
     """
     started, running = time.monotonic(), []
-    for name, shapes in warm_jobs(rows, names):
+    for name, shapes in jobs:
         command = [sys.executable, __file__, "--warm", name, *shapes]
         process = subprocess.Popen(
             ["env", "FLA_CACHE_RESULTS=0", *command],
@@ -268,8 +269,11 @@ def run(options: argparse.Namespace, result: dict[str, Any]) -> list[str]:
     rows = [row for row in (*ATTENTION_ROWS, *DTYPE_ROWS) if row.name in options.selected]
     chosen = [PEERS[name] for name in options.peers if name in PEERS]
     compiled = [peer.name for peer in chosen if peer in LINEAR_PEERS]
-    if rows and compiled and not clock.dry and not options.no_prepare:
-        result["prepare"] = warm(rows, compiled, limit_s=240.0)
+    jobs = warm_jobs(rows, compiled) if rows else []
+    if "gated" in options.selected:
+        jobs += op_gpu_gated.warm_jobs()
+    if jobs and not clock.dry and not options.no_prepare:
+        result["prepare"] = warm(jobs, limit_s=240.0)
         print(f"compiled the peers' kernels in {result['prepare']['wall_s']:.0f} s")
     result["limits"] = {
         "copy_gb_per_s": copy_gb_per_s(clock),
@@ -320,6 +324,9 @@ def run(options: argparse.Namespace, result: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     options = parse()
+    if options.warm and options.warm[0] in op_gpu_gated.KINDS:
+        print(json.dumps(op_gpu_gated.warm_one(options.warm[0], options.warm[1:], Clock("cuda"))))
+        return 0
     if options.warm:
         warm_one(options.warm[0], options.warm[1:])
         return 0

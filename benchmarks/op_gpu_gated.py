@@ -1,5 +1,6 @@
 """The part "gated" of op_gpu: log decay a token, or a token and key, beside flash-linear-attention."""
 
+import json
 from importlib import import_module
 from typing import Any
 
@@ -97,6 +98,25 @@ def peer_call(module: str, function: str) -> Any:
     return lambda q, k, v, g: run(q, k, v, g=g, scale=1.0)[0]
 
 
+def warm_jobs() -> list[tuple[str, list[str]]]:
+    """(kind, shapes) of each process that compiles the peers' kernels: anew for each head count."""
+    kinds = {(heads, dim): (1, heads, 1024, dim) for _, heads, _, dim in SHAPES}
+    return [(kind, ["x".join(map(str, shape))]) for kind in KINDS for shape in kinds.values()]
+
+
+def warm_one(kind: str, shapes: list[str], clock: Clock) -> dict[str, Any]:
+    """First forward and backward of a kind's peers, in a process of its own; their seconds."""
+    found: dict[str, Any] = {}
+    for name in shapes:
+        leaves, do = make_leaves(tuple(int(size) for size in name.split("x")), kind, clock.device)
+        for peer, where in PEERS[kind].items():
+            call = peer_call(*where)
+            o, forward = clock.first(lambda call=call, leaves=leaves: call(*leaves))
+            _, backward = clock.first(lambda o=o, leaves=leaves, do=do: gradients(o, leaves, do))
+            found[f"{peer} {name}"] = {"forward": forward, "backward": backward}
+    return found
+
+
 def gated(implementation: str, clock: Clock, *, bandwidth: float) -> dict[str, Any]:
     """Each shape and kind of gate, ours beside the peers, with shares of the fastest."""
 
@@ -123,6 +143,7 @@ def gated(implementation: str, clock: Clock, *, bandwidth: float) -> dict[str, A
                 clock.free()
             row["shares"] = shares(row, list(PEERS[kind]))
             rows.append(row)
+            print(f"{row['row']} {kind}: {json.dumps(row['shares'])}", flush=True)
     return {"rows": rows, "within": all(row["ours"]["within"] for row in rows)}
 
 
