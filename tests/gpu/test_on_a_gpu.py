@@ -120,7 +120,8 @@ def test_greedy_tokens_equal_those_of_a_cpu(tmp_path: Path) -> None:
     assert loaded.layers[0].device.type == GPU
 
 
-def test_loss_needs_an_eighth_of_the_full_logits() -> None:
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_loss_needs_an_eighth_of_the_full_logits(reduction: str) -> None:
     vocab_size, tokens = 64_000, 8192
     config = zoo.tnl_custom(vocab_size=vocab_size, model_dim=64, num_layers=1, heads=1, glu_dim=64)
     model = Decoder(config).to(GPU, torch.bfloat16)
@@ -130,10 +131,32 @@ def test_loss_needs_an_eighth_of_the_full_logits() -> None:
     weight.grad, x.grad = torch.zeros_like(weight), torch.zeros_like(x)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    linear_cross_entropy(x, weight, labels).sum().backward()
-    # The gradient of the head is summed in float32 before it is rounded; it is no logit.
-    extra = torch.cuda.max_memory_allocated() - before - 6 * weight.numel()
+    linear_cross_entropy(x, weight, labels, reduction=reduction).sum().backward()
+    # The gradient of the head is summed in float32 before it is rounded; it is no logit. That of a
+    # sum is multiplied once more.
+    bytes_of_sums = 6 if reduction == "none" else 10
+    extra = torch.cuda.max_memory_allocated() - before - bytes_of_sums * weight.numel()
     assert extra <= vocab_size * tokens * 4 // 8
+
+
+@pytest.mark.parametrize("vocab_size", [64_000, 32_769], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sums_of_losses_by_kernels(dtype: torch.dtype, vocab_size: int) -> None:
+    tokens, dim = 3_000, 256
+    x = torch.randn(tokens, dim, device=GPU).to(dtype).requires_grad_()
+    weight = (0.2 * torch.randn(vocab_size, dim, device=GPU)).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (tokens,), device=GPU)
+    labels[::7] = -100
+    junk = [torch.full((1 << 24,), float("nan"), device=GPU) for _ in range(4)]
+    del junk
+    total = linear_cross_entropy(x, weight, labels, reduction="sum", implementation="triton")
+    (total / tokens).backward()
+    exact = [y.detach().double().requires_grad_() for y in (x, weight)]
+    wanted = linear_cross_entropy(*exact, labels, reduction="sum", implementation="tiled")
+    (wanted / tokens).backward()
+    assert_close(total, wanted, limit=GRADIENT[dtype], name="loss")
+    for name, mine, other in zip(("x", "weight"), (x, weight), exact, strict=True):
+        assert_close(mine.grad, other.grad, limit=GRADIENT[dtype], name=name)
 
 
 def test_training_runs_and_resumes_in_bfloat16(tmp_path: Path) -> None:

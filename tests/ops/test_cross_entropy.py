@@ -92,3 +92,107 @@ def test_compiles_whole() -> None:
 def test_the_library_op_passes_opcheck() -> None:
     op = torch.ops.transnormer.linear_cross_entropy.default
     torch.library.opcheck(op, make(torch.float32))
+
+
+def weighted_sum(x: Tensor, weight: Tensor, labels: Tensor, implementation: str) -> Tensor:
+    total = linear_cross_entropy(x, weight, labels, reduction="sum", implementation=implementation)
+    (0.37 * total).backward()
+    return total
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "triton"])
+@pytest.mark.parametrize("vocab_size", [70, 4_100], ids=str)
+def test_the_sum_and_its_gradients_match(implementation: str, vocab_size: int) -> None:
+    x = torch.randn(ROWS, DIM).requires_grad_()
+    # Logits far from 0 in the last rows, whose sum without a common factor would overflow.
+    scales = torch.where(torch.arange(ROWS) < 40, 1.0, 8.0)[:, None]
+    weight = torch.randn(vocab_size, DIM).requires_grad_()
+    labels = torch.randint(vocab_size, (ROWS,))
+    labels[::7] = -100
+    total = weighted_sum(x * scales, weight, labels, implementation)
+    exact_x, exact_weight = (y.detach().double().requires_grad_() for y in (x, weight))
+    logits = (exact_x * scales) @ exact_weight.T
+    exact_total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    (0.37 * exact_total).backward()
+    for name, actual, wanted in (
+        ("loss", total, exact_total),
+        ("x", x.grad, exact_x.grad),
+        ("weight", weight.grad, exact_weight.grad),
+    ):
+        assert_close(actual, wanted, limit=GRADIENT[torch.float32], name=name)
+
+
+def test_the_kernel_takes_half_precision_in_strides() -> None:
+    x = torch.randn(DIM, ROWS).half().T.requires_grad_()
+    weight = torch.randn(DIM, VOCAB).half().T.requires_grad_()
+    labels = torch.randint(VOCAB, (2 * ROWS,))[::2]
+    total = weighted_sum(x, weight, labels, "triton")
+    wide = [y.detach().double().requires_grad_() for y in (x, weight)]
+    exact_total = weighted_sum(wide[0], wide[1], labels, "tiled")
+    for name, actual, wanted in (
+        ("loss", total, exact_total),
+        ("x", x.grad, wide[0].grad),
+        ("weight", weight.grad, wide[1].grad),
+    ):
+        assert_close(actual, wanted, limit=GRADIENT[torch.float16], name=name)
+
+
+def test_the_kernel_forms_no_gradient_that_nobody_wants() -> None:
+    x, weight, labels = make(torch.float32)
+    with torch.no_grad():
+        total = linear_cross_entropy(x, weight, labels, reduction="sum", implementation="triton")
+    assert not total.requires_grad
+    assert_close(total, linear_cross_entropy(x, weight, labels).sum())
+
+
+def test_one_gradient_alone_is_the_same() -> None:
+    x, weight, labels = make(torch.float32)
+    both = weighted_sum(x, weight, labels, "triton")
+    frozen = weight.detach()
+    alone = x.detach().requires_grad_()
+    assert torch.equal(weighted_sum(alone, frozen, labels, "triton"), both)
+    assert torch.equal(alone.grad, x.grad)
+
+
+def test_a_row_that_is_ignored_may_hold_any_logits() -> None:
+    x, weight, labels = make(torch.float32)
+    with torch.no_grad():
+        x[0] = float("inf")
+    total = weighted_sum(x, weight, labels, "triton")
+    assert bool(total.isfinite())
+    assert bool((x.grad[7] == 0).all())
+
+
+@pytest.mark.parametrize("label", [VOCAB, -1])
+def test_a_label_that_only_the_kernel_sees_gives_nan(label: int) -> None:
+    x, weight, labels = make(torch.float32)
+    labels[3] = label
+    total, *_ = torch.ops.transnormer.linear_cross_entropy_sum(x, weight, labels, False)
+    assert bool(total.isnan())
+
+
+def test_implementations_that_cannot_run_say_why() -> None:
+    x, weight, labels = make(torch.float32)
+    with pytest.raises(NotImplementedError, match="reduction is 'none'"):
+        linear_cross_entropy(x, weight, labels, implementation="triton")
+    with pytest.raises(NotImplementedError, match="float64"):
+        linear_cross_entropy(
+            x.double(), weight.double(), labels, reduction="sum", implementation="triton"
+        )
+    with pytest.raises(ValueError, match="reduction is 'mean'"):
+        linear_cross_entropy(x, weight, labels, reduction="mean")
+    with pytest.raises(ValueError, match="implementation of linear_cross_entropy is 'fast'"):
+        linear_cross_entropy(x, weight, labels, implementation="fast")
+
+
+def test_the_sum_compiles_whole_and_passes_opcheck() -> None:
+    x, weight, labels = make(torch.float32)
+
+    def total(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, labels, reduction="sum", implementation="triton")
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, weight, labels), total(x, weight, labels))
+    op = torch.ops.transnormer.linear_cross_entropy_sum.default
+    torch.library.opcheck(op, (*make(torch.float32), True))
+    torch.library.opcheck(op, (x.detach(), weight.detach(), labels, False))

@@ -339,10 +339,10 @@ class Decoder(nn.Module):
         x, _ = self.hidden(
             input_ids, state, positions, cu_seqlens, mask, shape=shape, keep_state=False
         )
-        losses = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
-        if reduction == "sum":
-            return losses.sum()
-        return losses.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
+        total = linear_cross_entropy(
+            x.flatten(0, 1), self.head_weight, labels.flatten(), reduction="sum"
+        )
+        return total if reduction == "sum" else total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
     def empty_state(self, rows: int, *, device: torch.device | str | None = None) -> DecoderState:
         """The state of ``rows`` sequences before their first token; as good as None.

@@ -1,11 +1,14 @@
 """Cross-entropy of a linear head without the full logits."""
 
+from typing import Any, Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
 from transnormer.ops import checks
-
-IGNORE_INDEX = -100
+from transnormer.ops.cross_entropy.fused import IGNORE_INDEX, fused_sum
+from transnormer.ops.dispatch import Implementation, choose
+from transnormer.ops.linear_attention.kernel_devices import why_not_named
 
 # A tile of logits, rows x vocabulary entries, is at most this share of all of them, so that its few
 # temporaries stay under an eighth; and at most so many elements: on a CPU about what the cache
@@ -106,24 +109,80 @@ def _backward(ctx, grad_losses, _):
 _tiled.register_autograd(_backward, setup_context=_setup_context)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of softmax(x weight^T) against labels, one number a row, in nats.
+class Request(NamedTuple):
+    """The facts of a call that decide which implementations can run it."""
 
-    The logits are made a tile at a time, and again in the backward pass: beside the gradients at
-    most an eighth of the full logits exists at once. Logits of bfloat16 and float16 inputs
-    are products in that dtype; log-sum-exp and losses are float32 (float64 for float64 inputs).
+    device: torch.device
+    dtype: torch.dtype
+    reduction: str
+    named: bool
+
+
+def _needs_triton(request: Request) -> Exception | None:
+    reason = why_not_named(request.device, request.named)
+    if reason is not None:
+        return RuntimeError(f"implementation 'triton': {reason}, or use 'auto' or 'tiled'")
+    if request.dtype == torch.float64:
+        what, expected = "x is torch.float64", "float32, bfloat16 or float16"
+    elif request.reduction != "sum":
+        what, expected = f"reduction is {request.reduction!r}", "'sum'"
+    else:
+        return None
+    return NotImplementedError(
+        f"implementation 'triton': {what}; expected {expected}; use 'auto' or 'tiled'"
+    )
+
+
+def _run_tiled(x: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    losses = _tiled(x, weight, labels)[0]
+    return losses if reduction == "none" else losses.sum()
+
+
+def _run_fused(x: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return fused_sum(x, weight, labels, wanted)[0]
+
+
+# The first automatic row that does not refuse runs.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("triton", _needs_triton, _run_fused),
+    Implementation("tiled", lambda _: None, _run_tiled),
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    reduction: Literal["none", "sum"] = "none",
+    implementation: str = "auto",
+) -> Tensor:
+    """Cross-entropy of softmax(x weight^T) against labels, in nats.
+
+    The logits are made a tile at a time: beside the gradients at most an eighth of the full logits
+    exists at once. Logits of bfloat16 and float16 inputs are products in that dtype; log-sum-exp
+    and losses are float32 (float64 for float64 inputs).
+
+    "tiled" is plain PyTorch and makes the logits again in the backward pass. "triton", for sums
+    alone, forms the gradients beside the losses: the head's is summed over tiles in float32.
 
     Args:
         x: hidden states, [rows, model_dim].
         weight: head, [vocab_size, model_dim].
         labels: int64 [rows]; -100 is ignored: its loss and gradient are 0.
+        reduction: "none" is one number a row, "sum" their sum, in which a GPU is faster.
+        implementation: "auto", "triton" or "tiled".
 
     Returns:
-        losses, [rows], float32 (float64 for float64 inputs).
+        losses, [rows] or [], float32 (float64 for float64 inputs). On a GPU the loss of a label
+        outside the vocabulary means nothing ("triton": it is NaN).
 
     Raises:
-        ValueError: shapes, or (CPU, eager) a label outside the vocabulary.
+        ValueError: shapes, an unknown reduction or implementation, or (CPU, eager) a label outside
+            the vocabulary.
         TypeError: labels not int64.
+        NotImplementedError, RuntimeError: the named implementation cannot run this call.
     """
     checks.check_rank("x", x, "rows model_dim")
     dims = "vocab_size model_dim"
@@ -131,6 +190,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     checks.check_shape("labels", labels, x.shape[:1], "rows")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels is {labels.dtype}; expected torch.int64")
+    if reduction not in ("none", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'none' or 'sum'")
     vocab_size = weight.shape[0]
     if checks.values_are_visible(labels):
         wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))]
@@ -139,4 +200,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
                 f"labels holds {int(wrong[0])}; expected 0 to {vocab_size - 1}, or -100 to ignore"
             )
     x, weight = x.to(checks.autocast_dtype(x)), weight.to(checks.autocast_dtype(weight))
-    return _tiled(x, weight, labels)[0]
+    request = Request(x.device, x.dtype, reduction, named=implementation == "triton")
+    row: Any = choose("linear_cross_entropy", IMPLEMENTATIONS, request, implementation)
+    return row.run(x, weight, labels, reduction)

@@ -10,11 +10,7 @@ from transnormer.ops.dispatch import Implementation, choose
 from transnormer.ops.linear_attention.chunked import chunked_linear_attention
 from transnormer.ops.linear_attention.constant_decay import constant_decay_attention
 from transnormer.ops.linear_attention.gated_decay import gated_decay_attention
-from transnormer.ops.linear_attention.kernel_devices import (
-    HAS_TRITON,
-    constant_when_compiled,
-    why_not,
-)
+from transnormer.ops.linear_attention.kernel_devices import why_not_named
 from transnormer.ops.linear_attention.lightning1_ops import lightning1
 from transnormer.ops.linear_attention.reference import recurrence
 from transnormer.ops.linear_attention.ring import RingState, linear_attention_ring_step
@@ -49,20 +45,8 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
-@constant_when_compiled
-def _triton_environment(device: torch.device, named: bool) -> str | None:
-    """Why Triton kernels cannot run on a device, or None where they can."""
-    # The interpreter is for tests: thousands of times slower, so it is never chosen by itself.
-    if device.type == "cpu" and named and HAS_TRITON:
-        from triton import knobs
-
-        if knobs.runtime.interpret:
-            return None
-    return why_not(device)
-
-
 def _needs_triton(request: Request) -> Exception | None:
-    reason = _triton_environment(request.device, request.named)
+    reason = why_not_named(request.device, request.named)
     if reason is not None:
         return RuntimeError(f"implementation 'triton': {reason}, or use 'auto' or 'chunked'")
     if request.dtype == torch.float64:

@@ -45,3 +45,17 @@ def _why_not(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} is older than compute capability 8.0; move the inputs to a newer GPU"
     return None
+
+
+@constant_when_compiled
+def why_not_named(device: torch.device, named: bool) -> str | None:
+    """The same where the kernels may have been named: then Triton's interpreter does, too.
+
+    It is for tests: thousands of times slower, so it is never chosen by itself.
+    """
+    if device.type == "cpu" and named and HAS_TRITON:
+        from triton import knobs
+
+        if knobs.runtime.interpret:
+            return None
+    return why_not(device)

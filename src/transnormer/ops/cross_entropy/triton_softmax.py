@@ -1,0 +1,79 @@
+"""Cross-entropy of rows of logits, and its gradient in their place, in Triton.
+
+    loss_r = log(sum over c of exp(z_r[c])) - z_r[label_r]
+    d loss_r / d z_r[c] = exp(z_r[c]) / (sum over c of exp(z_r[c])) - (c == label_r)
+
+z [rows, vocab_size] is read twice, the second time from the cache as a rule, and overwritten with
+the gradient. Sums and exponentials are float32. The gradient written in place of the logits, so
+that both never exist at once: Hsu et al. 2024, arXiv:2410.10989 (Liger Kernel), section 3.2.
+
+Legend: V vocabulary, C columns of a block.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from transnormer.ops.linear_attention.triton_runtime import device_of, launch
+
+_LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
+# Columns that 512 threads read at once in rows of 16 bytes each.
+_COLUMNS = 4096
+_WARPS = 16
+
+
+@triton.jit(do_not_specialize=["V"])
+def softmax_kernel(
+    logits, labels, losses, stride, V, IGNORED: tl.constexpr, WITH_GRADIENT: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Loss of one row, and (WITH_GRADIENT) its gradient over the logits.
+
+    A label outside the vocabulary gives NaN: nothing is read there.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(labels + row)
+    columns = tl.arange(0, C)
+    if label == IGNORED:
+        tl.store(losses + row, 0.0)
+        if WITH_GRADIENT:
+            for start in range(0, V, C):
+                zeros = tl.zeros([C], dtype=logits.dtype.element_ty)
+                tl.store(logits + start + columns, zeros, mask=start + columns < V)
+        return
+    inside = (label >= 0) & (label < V)
+    chosen = tl.load(logits + label, mask=inside, other=float("nan")).to(tl.float32)
+    peak = _LOWEST
+    sums = tl.zeros([C], dtype=tl.float32)
+    for start in range(0, V, C):
+        live = start + columns < V
+        z = tl.load(logits + start + columns, mask=live, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(z, 0))
+        sums = sums * tl.exp(peak - higher) + tl.exp(z - higher)
+        peak = higher
+    normalizer = peak + tl.log(tl.sum(sums, 0))
+    tl.store(losses + row, normalizer - chosen)
+    if WITH_GRADIENT:
+        for start in range(0, V, C):
+            live = start + columns < V
+            z = tl.load(logits + start + columns, mask=live, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(z - normalizer) - (start + columns == label).to(tl.float32)
+            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=live)
+
+
+def losses_in_place(
+    logits: Tensor, labels: Tensor, losses: Tensor, *, ignored: int, with_gradient: bool
+) -> None:
+    """Fill ``losses`` [rows], float32, from logits [rows, vocab_size] with a contiguous last dim.
+
+    With gradient the logits become the gradient of each row's loss; rows whose label is
+    ``ignored`` have loss and gradient 0.
+    """
+    rows, vocab_size = logits.shape
+    with device_of(logits):
+        launch(
+            softmax_kernel, rows, logits, labels, losses, logits.stride(0), vocab_size,
+            IGNORED=ignored, WITH_GRADIENT=with_gradient,
+            C=min(triton.next_power_of_2(vocab_size), _COLUMNS), num_warps=_WARPS,
+        )  # fmt: skip
