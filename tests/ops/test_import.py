@@ -11,8 +11,10 @@ import importlib.machinery
 finder = importlib.machinery.PathFinder
 find = finder.find_spec
 blocked = {blocked!r}
-finder.find_spec = lambda name, path=None, target=None: (
-    None if name.split(".")[0] in blocked else find(name, path, target)
+finder.find_spec = staticmethod(
+    lambda name, path=None, target=None: (
+        None if name.split(".")[0] in blocked else find(name, path, target)
+    )
 )
 import torch
 from transnormer.ops import decay, linear_attention, linear_attention_step
