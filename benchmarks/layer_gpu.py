@@ -161,7 +161,9 @@ def main() -> None:
             except torch.OutOfMemoryError as error:
                 row = {"rows": rows, "error": str(error).splitlines()[0][:200]}
             found[name].append(row | {"seq": seq})
-            print(f"{name}: {rounded({k: x for k, x in row.items() if k != 'kernels'})}", flush=True)
+            print(
+                f"{name}: {rounded({k: x for k, x in row.items() if k != 'kernels'})}", flush=True
+            )
             for kernel in row.get("kernels", ()):
                 print(f"    {kernel['ms']:.3f} ms {kernel['count']:4d} x {kernel['name']}")
             clock.free()

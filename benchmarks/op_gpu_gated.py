@@ -99,13 +99,38 @@ def peer_call(module: str, function: str) -> Any:
 
 
 def warm_jobs() -> list[tuple[str, list[str]]]:
-    """(kind, shapes) of each process that compiles the peers' kernels: anew for each head count."""
+    """(kind, arguments) of each process that compiles the peers' kernels: anew for each head count.
+
+    chunk_gla has hundreds of candidates, so several processes share them.
+    """
     kinds = {(heads, dim): (1, heads, 1024, dim) for _, heads, _, dim in SHAPES}
-    return [(kind, ["x".join(map(str, shape))]) for kind in KINDS for shape in kinds.values()]
+    names = ["x".join(map(str, shape)) for shape in kinds.values()]
+    shares = {"token": 1, "key": 6}
+    return [
+        (kind, [name, f"{i}/{shares[kind]}"])
+        for kind in KINDS
+        for name in names
+        for i in range(shares[kind])
+    ]
 
 
-def warm_one(kind: str, shapes: list[str], clock: Clock) -> dict[str, Any]:
+def take_share(share: str) -> None:
+    """Leave Triton's tuners each n-th of their candidates, before a peer is imported."""
+    from triton.runtime.autotuner import Autotuner
+
+    first, step = (int(x) for x in share.split("/"))
+    original: Any = Autotuner.__init__
+
+    def init(self: Any, fn: Any, arg_names: Any, configs: Any, *rest: Any, **options: Any) -> None:
+        original(self, fn, arg_names, configs[first::step] or configs[:1], *rest, **options)
+
+    Autotuner.__init__ = init
+
+
+def warm_one(kind: str, arguments: list[str], clock: Clock) -> dict[str, Any]:
     """First forward and backward of a kind's peers, in a process of its own; their seconds."""
+    *shapes, share = arguments
+    take_share(share)
     found: dict[str, Any] = {}
     for name in shapes:
         leaves, do = make_leaves(tuple(int(size) for size in name.split("x")), kind, clock.device)
