@@ -22,6 +22,22 @@ _COLUMNS = 4096
 _WARPS = 16
 
 
+@triton.jit
+def add_block(z, peaks, sums):
+    """Running peak and sum of exp(z - peak) of each column of the blocks.
+
+    One peak for all columns would be a maximum over the whole program at every block.
+    """
+    higher = tl.maximum(peaks, z)
+    return higher, sums * tl.exp(peaks - higher) + tl.exp(z - higher)
+
+
+@triton.jit
+def gradient_of(z, normalizer, at, label):
+    """softmax - label, over the columns ``at``."""
+    return tl.exp(z - normalizer) - (at == label).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["V"])
 def softmax_kernel(
     logits, labels, losses, stride, V, IGNORED: tl.constexpr, WITH_GRADIENT: tl.constexpr,
@@ -29,37 +45,42 @@ def softmax_kernel(
 ):  # fmt: skip
     """Loss of one row, and (WITH_GRADIENT) its gradient over the logits.
 
-    A label outside the vocabulary gives NaN: nothing is read there.
+    Full blocks have no masks, whose bound would break up reads of 16 bytes. A label outside the
+    vocabulary gives NaN: nothing is read there.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
     columns = tl.arange(0, C)
+    full = V // C * C
+    live = full + columns < V
     if label == IGNORED:
         tl.store(losses + row, 0.0)
         if WITH_GRADIENT:
-            for start in range(0, V, C):
-                zeros = tl.zeros([C], dtype=logits.dtype.element_ty)
-                tl.store(logits + start + columns, zeros, mask=start + columns < V)
+            zeros = tl.zeros([C], dtype=logits.dtype.element_ty)
+            for start in range(0, full, C):
+                tl.store(logits + start + columns, zeros)
+            tl.store(logits + full + columns, zeros, mask=live)
         return
     inside = (label >= 0) & (label < V)
     chosen = tl.load(logits + label, mask=inside, other=float("nan")).to(tl.float32)
-    peak = _LOWEST
+    peaks = tl.full([C], _LOWEST, dtype=tl.float32)
     sums = tl.zeros([C], dtype=tl.float32)
-    for start in range(0, V, C):
-        live = start + columns < V
-        z = tl.load(logits + start + columns, mask=live, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(z, 0))
-        sums = sums * tl.exp(peak - higher) + tl.exp(z - higher)
-        peak = higher
-    normalizer = peak + tl.log(tl.sum(sums, 0))
+    for start in range(0, full, C):
+        z = tl.load(logits + start + columns).to(tl.float32)
+        peaks, sums = add_block(z, peaks, sums)
+    last = tl.load(logits + full + columns, mask=live, other=float("-inf")).to(tl.float32)
+    peaks, sums = add_block(last, peaks, sums)
+    peak = tl.max(peaks, 0)
+    normalizer = peak + tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))
     tl.store(losses + row, normalizer - chosen)
     if WITH_GRADIENT:
-        for start in range(0, V, C):
-            live = start + columns < V
-            z = tl.load(logits + start + columns, mask=live, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(z - normalizer) - (start + columns == label).to(tl.float32)
-            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=live)
+        for start in range(0, full, C):
+            z = tl.load(logits + start + columns).to(tl.float32)
+            gradient = gradient_of(z, normalizer, start + columns, label)
+            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty))
+        gradient = gradient_of(last, normalizer, full + columns, label)
+        tl.store(logits + full + columns, gradient.to(logits.dtype.element_ty), mask=live)
 
 
 def losses_in_place(
