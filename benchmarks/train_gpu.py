@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from transnormer.models import zoo
+from transnormer.models.compilation import compile_blocks
 from transnormer.models.cost import ModelCost
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.optim import OptimizerConfig, build_optimizer
@@ -69,8 +70,7 @@ def our_step(config: DecoderConfig, device: str, *, compiled: bool) -> Step:
         model = Decoder(config).train()
     optimizer = build_optimizer(model, OptimizerConfig(lr=3e-4))
     if compiled:
-        for block in model.blocks:
-            block.compile(fullgraph=True)
+        compile_blocks(model)
     parameters = list(model.parameters())
 
     def run(ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from attention_cases import Inputs
+from tolerances import GRADIENT, OUTPUT, assert_close
 from torch import Tensor
 
 from transnormer.ops import linear_attention
@@ -110,6 +111,19 @@ def results(inputs: Inputs, implementation: str = FORM, **kwargs: object) -> lis
     wanted = [x for x in leaves if x is not None]
     grads = torch.autograd.grad(outputs, wanted, gradients_of(outputs))
     return [*(x.detach() for x in outputs), *grads]
+
+
+def check_all(inputs: Inputs, **kwargs: object) -> None:
+    """Results and gradients of a call with gates against the recurrence, at the dtype's limits."""
+    dtype = inputs.q.dtype
+    exact = results(inputs.double(), "reference", **kwargs)
+    names = [n for n, x in zip(Inputs._fields, inputs) if x is not None]
+    for name, x, y in zip(("o", "final_state", *names), results(inputs, **kwargs), exact):
+        limit = OUTPUT[dtype] if name in ("o", "final_state") else GRADIENT[dtype]
+        assert_close(x, y, limit=limit, name=name)
+        assert x.dtype == (dtype if name in ("o", "q", "k", "v") else torch.float32)
+        if name == "log_decay":
+            assert bool((x[inputs.log_decay.isneginf()] == 0).all())
 
 
 def assert_same(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> None:

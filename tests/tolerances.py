@@ -149,3 +149,52 @@ def assert_close(
 # eos in float32 against float64: up to 256 steps of the recurrence, or an FFT, which rounds relative
 # to the largest value of a row (12 eps seen).
 EOS_FLOAT32 = 32 * EPS[torch.float32]
+
+# A loss and its gradients in segments against those of the whole sequence, float64, relative norms:
+# the same sums in another order (2e-14 seen over all mixers).
+SEGMENTS = 1e-12
+# Losses of compiled blocks beside plain ones in float32, step by step over 10 steps: fused elements
+# round in another order.
+COMPILED_LOSS = 1e-6
+
+# Gates of layers in kernels, float32: log decays, keys and masses of a softmax over the past, each
+# from a sum of some thousand exponentials and two functions of it.
+CUMULATIVE_SOFTMAX = 16 * EPS[torch.float32]
+# Their gradients: scans of products of factors below 1; half precision shows two roundings, of the
+# gradient that comes in and of the one that goes out, which the interpreter cuts off.
+GATE_GRADIENT = {
+    torch.float32: 32 * EPS[torch.float32],
+    torch.bfloat16: 1 * EPS[torch.bfloat16],
+    torch.float16: 1 * EPS[torch.float16],
+}
+
+# Counts of chance against their expectation, in standard deviations: one test in 30,000 misses.
+STANDARD_DEVIATIONS = 4.0
+
+# Greedy tokens of two runs may part only where the two likeliest logits are closer than this: the
+# sums of another batch shape round differently.
+TOP2_GAP = 1e-5
+
+# Parts of a sequence on several ranks against the whole in one process, float64: the same sums in
+# another order (5e-15 seen over all mixers).
+SEQUENCE_PARALLEL = 1e-12
+# Three steps of AdamW on a mesh of ranks against one process, float64: gradients summed in another
+# order, divided by their own root mean square (8e-15 seen).
+LAYOUT_FLOAT64 = 1e-12
+
+# Logits of a model of two blocks with rounded weights, by bits. A weight is off by 0.6 % rms of its
+# row for 8 bits (1.5 to 1.9 % seen in the logits) and by 9.5 % for 4 bits in groups of 32 (24 %).
+QUANTIZED_LOGITS = {8: 0.03, 4: 0.4}
+# The same in float32 on a GPU, where a row and its segments are cut at other places and compiled
+# blocks fuse in another order: a gradient passes some 100 roundings.
+GPU_SEGMENTS = 1e-4
+
+# Bits of a smoothed n-gram model in float64 against Python's: sums and logarithms of some thousand
+# terms, and tables in which two runs in four million share a cell.
+SMOOTHED_BITS = 1e-9
+# Losses in float32 of a run that is laid out anew on other ranks, beside one process (training note,
+# section 5, 1).
+RELAID_LOSS = 1e-6
+# Logits of a small model whose projections have 8-bit weights, one scale a row: 0.4 % a product, some
+# ten of them in a row (2.3e-2 seen).
+INT8_MODEL = 0.06

@@ -78,7 +78,7 @@ def log_decay_of(kind: str, shape: tuple[int, ...]) -> Tensor:
     return torch.full(shape, float(kind), device=GPU)
 
 
-KINDS = ("mixed", "runs", "weak", "any", "0", "-1e-6", "-9", "-30", "-inf")
+KINDS = ("mixed", "runs", "weak", "any", "0", "-1e-6", "-1.2", "-2.5", "-9", "-30", "-inf")
 PLAIN = [Case(gate, 1000, kind) for gate in ("key", "token") for kind in KINDS]
 # The same programs: other lengths compile nothing.
 LENGTHS = [
@@ -97,13 +97,16 @@ OTHER = [
     Case("token", 1000, "mixed", heads=(6, 2), packed=True, batch=1),
     Case("key", 5000, "any", heads=(4, 2), packed=True, batch=1),
     Case("key", 5000, "weak", heads=(2, 2), packed=True, reverse=True, batch=1, state=False),
+    Case("token", 5000, "weak", heads=(4, 2), packed=True, reverse=True, batch=1, state=False),
+    Case("token", 1000, "mixed", dtype=FP16, reverse=True),
+    Case("token", 257, "mixed", (96, 192)),
     Case("key", 300, "any", (64, 64), FP16, state=False),
     Case("token", 300, "any", (64, 64), FP16),
     Case("key", 300, "-30", (64, 64), FP16, heads=(1, 1), batch=1),
     Case("key", 300, "any", (64, 64), FP32),
     Case("token", 300, "mixed", (64, 64), FP32),
     Case("key", 300, "mixed", (128, 128), FP32),
-    Case("key", 257, "mixed", (20, 36)),
+    Case("key", 257, "mixed", (36, 20)),
     Case("key", 257, "mixed", (96, 192), FP16),
     Case("key", 257, "mixed", (256, 512)),
     Case("token", 257, "mixed", (256, 128), FP16),
@@ -238,6 +241,7 @@ def test_nothing_waits_for_the_device(gate: str, packed: bool) -> None:
         torch.autograd.grad((o, state), leaves, grads)
 
 
+@OTHER_STREAMS
 @GATES
 def test_a_graph_of_forward_and_backward_replays(gate: str) -> None:
     leaves = make(gate, 5000).leaves()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tolerances import GRADIENT_FLOAT64, assert_close
 
-from transnormer.nn.token_mixers import TpeConfig
+from transnormer.nn.token_mixers import TpeConfig, tpe
 
 DIM = 6
 
@@ -40,6 +40,27 @@ def test_every_length_matches_the_dense_matrix(causal: bool, seq: int) -> None:
     y, state = run(mixer, x)
     assert_close(y, dense(mixer, x).detach())
     assert (state is None) == (not causal)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_channels_in_several_heads_change_nothing(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer, bounds = build(), torch.tensor([0, 70, 150]) if packed else None
+    x = torch.randn(1, 150, DIM, dtype=torch.float64, requires_grad=True)
+    leaves, results = (x, *mixer.parameters()), []
+    for width in (DIM, 2):
+        monkeypatch.setattr(tpe, "_head_width", lambda _, width=width: width)
+        y, state = run(mixer, x, cu_seqlens=bounds)
+        total = y.square().sum() + state.square().sum()
+        results.append((y, state, *torch.autograd.grad(total, leaves)))
+    for once, split in zip(*results, strict=True):
+        assert_close(split, once.detach())
+
+
+@pytest.mark.parametrize(("channels", "width"), [(6, 6), (768, 384), (1024, 512), (1030, 206)])
+def test_heads_are_as_wide_as_kernels_take(channels: int, width: int) -> None:
+    assert tpe._head_width(channels) == width
 
 
 def test_state_is_the_sum_of_decayed_tokens() -> None:

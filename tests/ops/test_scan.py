@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import needs_interpreter
 from tolerances import GRADIENT, OUTPUT, STATE, assert_close
 from torch import Tensor
 
@@ -33,11 +34,16 @@ def make(
     return a.to(dtype), x.to(dtype), torch.randn(rows or batch, WIDTH, 2).to(dtype)
 
 
-@pytest.mark.parametrize("seq", [1, 2, 3, 64, 65, 100])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_matches_the_loop(seq: int, dtype: torch.dtype) -> None:
+# The kernels cut rows into units of 16 tokens.
+FORMS = [("torch", torch.float64), ("torch", torch.float32)]
+FORMS += [pytest.param("triton", torch.float32, marks=needs_interpreter)]
+
+
+@pytest.mark.parametrize("seq", [1, 2, 3, 17, 48, 65])
+@pytest.mark.parametrize(("form", "dtype"), FORMS, ids=str)
+def test_matches_the_loop(seq: int, form: str, dtype: torch.dtype) -> None:
     a, x, state = make(seq, dtype=dtype)
-    h, after = complex_scan(a, x, initial_state=state)
+    h, after = complex_scan(a, x, initial_state=state, implementation=form)
     exact, exact_after = loop(a, x, state)
     assert_close(h, exact, limit=OUTPUT[dtype])
     assert_close(after, exact_after, limit=STATE[dtype])
@@ -52,15 +58,15 @@ def test_no_state_is_zero() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_gradients_match_those_of_the_loop(packed: bool) -> None:
+@pytest.mark.parametrize(("form", "dtype"), FORMS, ids=str)
+def test_gradients_match_those_of_the_loop(packed: bool, form: str, dtype: torch.dtype) -> None:
     bounds = [0, 0, 4, 5, 30, 30] if packed else [0, 30]
     rows = len(bounds) - 1
-    inputs = [y.requires_grad_() for y in make(30, batch=1, rows=rows)]
+    inputs = [y.requires_grad_() for y in make(30, batch=1, rows=rows, dtype=dtype)]
     a, x, state = inputs
     weights, state_weights = torch.randn(1, 30, WIDTH, 2), torch.randn(rows, WIDTH, 2)
-    h, after = complex_scan(
-        a, x, initial_state=state, cu_seqlens=torch.tensor(bounds) if packed else None
-    )
+    cu_seqlens = torch.tensor(bounds) if packed else None
+    h, after = complex_scan(a, x, initial_state=state, cu_seqlens=cu_seqlens, implementation=form)
     grads = torch.autograd.grad((h * weights).sum() + (after * state_weights).sum(), inputs)
     parts, ends = [], []
     for i, (start, stop) in enumerate(zip(bounds, bounds[1:])):
@@ -76,7 +82,20 @@ def test_gradients_match_those_of_the_loop(packed: bool) -> None:
         (exact * weights).sum() + (exact_after * state_weights).sum(), inputs
     )
     for actual, other in zip(grads, wanted):
-        assert_close(actual, other, limit=GRADIENT[torch.float64])
+        assert_close(actual, other.double(), limit=GRADIENT[dtype])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("seq", [7, 20])
+def test_what_lies_behind_the_factors_does_not_matter(seq: int) -> None:
+    a, x, _ = make(seq, batch=1, dtype=torch.float32)
+    found = []
+    for behind in (torch.full_like(a, float("nan")), torch.zeros_like(a)):
+        leaves = torch.cat([a, behind])[:1].requires_grad_(), x.clone().requires_grad_()
+        h, _ = complex_scan(*leaves, implementation="triton")
+        found.append(torch.autograd.grad(h.square().sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_second_derivatives_are_right() -> None:
@@ -116,6 +135,16 @@ def test_the_library_op_passes_opcheck() -> None:
     torch.library.opcheck(op, (a.requires_grad_(), x.requires_grad_()))
 
 
+@needs_interpreter
+def test_the_library_op_of_the_kernels_passes_opcheck() -> None:
+    a, x, _ = make(3, dtype=torch.float32)
+    op = torch.ops.transnormer.complex_scan_kernel.default
+    torch.library.opcheck(op, (a.requires_grad_(), x.requires_grad_()))
+    grad = torch.autograd.grad(op(a, x).sum(), x, create_graph=True)[0].sum()
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad, a)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "named"),
     [
@@ -127,6 +156,7 @@ def test_the_library_op_passes_opcheck() -> None:
         ({"a": torch.zeros(2, 3, WIDTH, 2).double()}, TypeError, "a is torch.float64"),
         ({"initial_state": torch.zeros(3, WIDTH, 2)}, ValueError, "initial_state has shape"),
         ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "batch is 2"),
+        ({"implementation": "none"}, ValueError, "implementation of complex_scan is 'none'"),
     ],
 )
 def test_wrong_inputs_are_refused(

@@ -3,8 +3,11 @@
 Everything that must exchange states between ranks replaces this module and nothing else.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from transnormer.nn.state import SlotState
 from transnormer.ops import linear_attention, linear_attention_step
 from transnormer.ops.checks import accumulation_dtype, no_autocast
 
@@ -28,10 +31,10 @@ class LinearAttentionCore(nn.Module):
         v: Tensor,
         log_decay: Tensor | None,
         *,
-        state: Tensor | None,
+        state: Tensor | SlotState | None,
         cu_seqlens: Tensor | None,
         mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """Mix along seq.
 
         Args:
@@ -39,22 +42,26 @@ class LinearAttentionCore(nn.Module):
             k: [batch, seq, kv_heads, key_dim].
             v: [batch, seq, kv_heads, value_dim].
             log_decay: any form of ``linear_attention``'s.
-            state: [batch or num_sequences, kv_heads, key_dim, value_dim] or None.
+            state: [batch or num_sequences, kv_heads, key_dim, value_dim] or None; or rows of a pool,
+                to be advanced in place by a few tokens (no cu_seqlens, no mask).
             cu_seqlens: bounds of packed sequences.
             mask: bool [batch, seq]; a False token neither adds to the state nor decays it.
 
         Returns:
             o, [batch, seq, heads, value_dim], and the new state (None where not causal).
         """
+        if isinstance(state, SlotState):
+            assert cu_seqlens is None
+            assert mask is None
+            return state.step(q, k, v, log_decay), state
         implementation = self.implementation
         if mask is not None:
-            k = k.masked_fill(~mask[..., None, None], 0.0)
+            k, log_decay = without_pads(k, log_decay, mask)
             if log_decay is not None:
-                log_decay = _masked_log_decay(log_decay, mask)
                 # Pads make constant decay a gate, which not every implementation has.
                 implementation = "auto"
         if not self.causal:
-            return _bidirectional(q, k, v, log_decay, cu_seqlens, implementation), None
+            return bidirectional(q, k, v, log_decay, cu_seqlens, implementation), None
         one_token = state is not None and q.shape[1] == 1 and cu_seqlens is None
         if one_token and implementation in ("auto", "chunked"):
             return linear_attention_step(q, k, v, log_decay, state)
@@ -80,16 +87,17 @@ class LinearAttentionCore(nn.Module):
         return once if self.causal else 2.0 * once
 
 
-def _bidirectional(
+def bidirectional(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     implementation: str,
+    states: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """Both directions with the diagonal once, each in the inputs' dtype, summed in the accumulation
-    dtype."""
+    dtype; ``states`` stand before the first token and behind the last one."""
     groups, dtype = q.shape[2] // k.shape[2], q.dtype
     ahead, back = (
         linear_attention(
@@ -97,11 +105,12 @@ def _bidirectional(
             k,
             v,
             log_decay,
+            initial_state=state,
             cu_seqlens=cu_seqlens,
             reverse=reverse,
             implementation=implementation,
         )[0]
-        for reverse in (False, True)
+        for reverse, state in zip((False, True), states, strict=True)
     )
     with no_autocast(q.device.type):
         ahead, back, q, k, v = (x.to(accumulation_dtype(x.dtype)) for x in (ahead, back, q, k, v))
@@ -110,9 +119,12 @@ def _bidirectional(
         return (ahead + back - own).to(dtype)
 
 
-def _masked_log_decay(log_decay: Tensor, mask: Tensor) -> Tensor:
-    """log_decay with 0 at masked tokens; a constant one becomes [batch, seq, kv_heads]."""
+def without_pads(k: Tensor, log_decay: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """k and log_decay with 0 at masked tokens; a constant decay becomes [batch, seq, kv_heads]."""
+    k = k.masked_fill(~mask[..., None, None], 0.0)
+    if log_decay is None:
+        return k, None
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(*mask.shape, -1)
     shape = (*mask.shape, *[1] * (log_decay.dim() - 2))
-    return log_decay.masked_fill(~mask.view(shape), 0.0)
+    return k, log_decay.masked_fill(~mask.view(shape), 0.0)

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transnormer.nn.precision import KeepPrecision
@@ -67,30 +66,3 @@ def bound_of(shared: Tensor | None, rule: LowerBoundRule, layer_index: int) -> T
             "build_shared returns, or set lower_bound to 'none'"
         )
     return shared[layer_index]
-
-
-def forget_gate(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log f and 1 - f of f = bound + (1 - bound) sigmoid(z), in max(float32, z's dtype).
-
-    Both keep their relative precision where f is near 1, which decides how long a channel
-    remembers, and where it is near 0; bound = 0 is exact and has finite gradients.
-
-    Args:
-        z: [..., width].
-        bound: [width], 0 <= bound < 1; None is 0.
-
-    Returns:
-        log f, at most 0, and 1 - f, both [..., width].
-    """
-    z = z.to(accumulation_dtype(z.dtype))
-    forgotten = torch.sigmoid(-z)
-    log_gate = F.logsigmoid(z)
-    if bound is None:
-        return log_gate, forgotten
-    bound = bound.to(z.dtype)
-    forgotten = (1.0 - bound) * forgotten
-    # log(0) has an infinite gradient, which would be NaN times the 0 of where.
-    safe = torch.where(bound > 0, bound, 1.0)
-    bounded = torch.logaddexp(safe.log(), torch.log1p(-bound) + log_gate)
-    small = torch.where(bound > 0, bounded, log_gate)
-    return torch.where(forgotten < 0.5, torch.log1p(-forgotten.clamp(max=0.5)), small), forgotten

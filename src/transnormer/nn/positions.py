@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from transnormer.nn.grid import check_extents, coordinates
 from transnormer.nn.precision import KeepPrecision
-from transnormer.nn.rotary import turns
 from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.lrpe import doubled, lrpe, turns
 
 LrpeInit = Literal["global", "head", "half"]
 
@@ -64,9 +64,7 @@ class Lrpe(KeepPrecision):
 
     def forward(self, x: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, ...]:
         """Encode each of x, [batch, seq, heads, head_dim] -> [batch, seq, heads, 2 * head_dim]."""
-        angles = self.angles(positions)
-        cos, sin = angles.cos(), angles.sin()
-        return tuple(torch.cat([y * cos, y * sin], -1).to(y.dtype) for y in x)
+        return lrpe(x, positions, self.theta[:, 0])
 
 
 class MdLrpe(Lrpe):
@@ -128,6 +126,7 @@ class MdLrpe(Lrpe):
         self, x: tuple[Tensor, ...], positions: Tensor, shape: tuple[int, ...] | None = None
     ) -> tuple[Tensor, ...]:
         """Encode each of x, [batch, seq, heads, head_dim] -> [batch, seq, heads, 2 * head_dim]."""
-        angles = self.angles(positions, shape)
-        cos, sin = angles.cos(), angles.sin()
-        return tuple(torch.cat([y * cos, y * sin], -1).to(y.dtype) for y in x)
+        if self.axes == 1 and not self.condition_tokens:
+            (where,) = self._coordinates(positions, shape)
+            return super().forward(x, where)
+        return doubled(x, self.angles(positions, shape))

@@ -9,23 +9,9 @@ from torch import Tensor, nn
 from transnormer.nn.grid import check_extents, coordinates
 from transnormer.nn.precision import KeepPrecision
 from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.lrpe import turns
 
 Pairs = Literal["halves", "neighbours"]
-
-
-def turns(positions: Tensor, theta: Tensor, dtype: torch.dtype) -> Tensor:
-    """position x theta mod 2 pi, [batch, seq, *theta.shape] in ``dtype`` from int64 [batch, seq].
-
-    Computed in float64 and reduced before it is rounded, so that position 4,000,000 is as exact as
-    position 0. Rows that are views of one row (batch stride 0) are computed once and broadcast:
-    the result has then batch 1.
-    """
-    if positions.shape[0] > 1 and positions.stride(0) == 0:
-        positions = positions[:1]
-    angles = positions.to(torch.float64).view(*positions.shape, *[1] * theta.dim()) * theta.to(
-        torch.float64
-    )
-    return torch.remainder(angles, 2.0 * math.pi).to(dtype)
 
 
 class Rotary(KeepPrecision):

@@ -6,12 +6,41 @@ batch without pads and without a past runs PyTorch's causal kernels (flash atten
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from transnormer.nn.state import KVState
 
 # Entries of a mask that is alive at once; more queries than that are taken in parts.
 _MASK_ENTRIES = 2**26
+
+
+class SoftmaxAttentionCore(nn.Module):
+    """Softmax attention as a module: the parameter-free seam between a mixer's projections and it.
+
+    Args:
+        causal: a token sees those up to itself; otherwise all.
+    """
+
+    def __init__(self, *, causal: bool = True) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: KVState | None,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        keep_state: bool,
+    ) -> tuple[Tensor, KVState | None]:
+        """Mix along seq; arguments and results as ``attention``'s and ``packed_attention``'s."""
+        options = {"causal": self.causal, "keep_state": keep_state and self.causal}
+        if cu_seqlens is None:
+            return attention(q, k, v, mask=mask, past=state, **options)
+        return packed_attention(q, k, v, cu_seqlens, mask=mask, past=state, **options)
 
 
 def attention(

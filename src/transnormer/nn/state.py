@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from transnormer.ops import RingState, linear_attention_ring_step, linear_attention_step
 from transnormer.ops.checks import accumulation_dtype
 
 # A layer's state: one tensor, or a NamedTuple of tensors. The first dim of each tensor is the rows.
@@ -24,6 +25,28 @@ class KVState(NamedTuple):
     keys: Tensor
     values: Tensor
     valid: Tensor
+
+
+class SlotState(NamedTuple):
+    """Rows of a pool of recurrent states, which decoding advances where they lie.
+
+    A mixer with ``steps_in_slots`` takes one instead of a state, for 1 to 8 tokens a row without
+    pads, and returns it; nothing is copied. Without gradients.
+
+    Attributes:
+        pool: [slots, kv_heads, key_dim, value_dim], or a ``RingState`` of as many slots.
+        slots: int32 [rows], the row of the pool that each row of the batch is; -1 skips a row,
+            whose outputs then mean nothing.
+    """
+
+    pool: Tensor | RingState
+    slots: Tensor
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+        """Advance the rows by the tokens of q, k and v, [rows, tokens, heads, dim]; returns o."""
+        if isinstance(self.pool, RingState):
+            return linear_attention_ring_step(q, k, v, log_decay, self.pool, slots=self.slots)
+        return linear_attention_step(q, k, v, log_decay, self.pool, slots=self.slots)[0]
 
 
 def tensors_of(state: LayerState) -> tuple[Tensor, ...]:

@@ -1,9 +1,13 @@
-"""The first-order recurrence of vectors, h_t = a_t h_{t-1} + x_t with complex a, in log2(seq) steps."""
+"""The first-order recurrence of vectors, h_t = a_t h_{t-1} + x_t with complex a, as a scan."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from transnormer.ops import checks
+from transnormer.ops import checks, kernel_ops
+from transnormer.ops.dispatch import Implementation, choose
+from transnormer.ops.kernel_ops import Form, Request, needs_triton
 
 
 @torch.library.custom_op("transnormer::complex_scan", mutates_args=())
@@ -53,6 +57,34 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _fake(a, x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(grad, a, h):
+    return torch.empty_like(h), torch.empty_like(h)
+
+
+def _kernel_gradients(ctx, grad):
+    return torch.ops.transnormer.complex_scan_kernel_backward(grad, *ctx.saved_tensors)
+
+
+kernel_ops.define(
+    "complex_scan_kernel",
+    "transnormer.ops.triton_scan",
+    Form("(Tensor a, Tensor x) -> Tensor", _fake),
+    Form("(Tensor grad, Tensor a, Tensor h) -> (Tensor, Tensor)", _fake_backward),
+    _setup_context,
+    _kernel_gradients,
+)
+
+# The first automatic row that does not refuse runs.
+IMPLEMENTATIONS = (
+    Implementation("triton", needs_triton, torch.ops.transnormer.complex_scan_kernel.default),
+    Implementation("torch", lambda _: None, _scan),
+)
+
+
 def _product(x: Tensor, y: Tensor) -> Tensor:
     """x y of pairs."""
     real = x[..., 0] * y[..., 0] - x[..., 1] * y[..., 1]
@@ -66,13 +98,15 @@ def complex_scan(
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """h_t = a_t h_{t-1} + x_t, elementwise, with complex numbers as pairs of reals.
 
-    A doubling (Hillis and Steele) scan: log2(seq) passes, no exponentials and no quotients, so any
-    |a| <= 1 is safe, 0 too. Differentiable in a, x and initial_state; the gradient is another such
-    scan. Packed sequences cost nothing more: a is 0 at their first tokens. Everything has the
-    inputs' dtype, float32 or float64.
+    "torch" is a doubling (Hillis and Steele) scan of log2(seq) passes, "triton" (float32 on a GPU)
+    reads everything twice in three launches. Neither has exponentials or quotients, so any |a| <= 1
+    is safe, 0 too. Differentiable in a, x and initial_state; the gradient is another such scan.
+    Packed sequences cost nothing more: a is 0 at their first tokens. Everything has the inputs'
+    dtype, float32 or float64.
 
     Args:
         a: factors, [batch, seq, width, 2], last dim real and imaginary part.
@@ -80,13 +114,15 @@ def complex_scan(
         initial_state: h before the first token, [batch or num_sequences, width, 2]; None is 0.
         cu_seqlens: int32 or int64 [num_sequences + 1], batch is then 1; empty sequences pass their
             state through.
+        implementation: "auto", "triton" or "torch".
 
     Returns:
         h, [batch, seq, width, 2], and the state after the last token, shaped as initial_state.
 
     Raises:
-        ValueError: shapes.
+        ValueError: shapes, an unknown implementation.
         TypeError: dtypes, or what is no tensor.
+        NotImplementedError, RuntimeError: the named implementation cannot run this call.
     """
     for name, tensor, optional in (
         ("a", a, False),
@@ -110,11 +146,13 @@ def complex_scan(
     checks.check_same("initial_state", initial_state, x.dtype, x.device, "x")
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, batch, seq, x.device)
+    request = Request(x.device, x.dtype, named=implementation == "triton")
+    chosen: Any = choose("complex_scan", IMPLEMENTATIONS, request, implementation)
     if seq == 0:
         return x + a, initial_state
     if cu_seqlens is None:
         first = x[:, :1] + _product(a[:, :1], initial_state[:, None])
-        h = first if seq == 1 else _scan(a, torch.cat([first, x[:, 1:]], 1))
+        h = first if seq == 1 else chosen.run(a, torch.cat([first, x[:, 1:]], 1))
         # A copy: a view would keep the whole of h in memory as long as the state.
         return h, h[:, -1].clone()
     starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
@@ -124,5 +162,5 @@ def complex_scan(
     entering = entering.index_add(0, starts, initial_state * filled)[None, :seq]
     begins = torch.zeros(seq + 1, dtype=torch.bool, device=x.device)
     begins = begins.index_fill(0, starts, True)[None, :seq, None, None]
-    h = _scan(a.masked_fill(begins, 0.0), x + _product(a, entering))
+    h = chosen.run(a.masked_fill(begins, 0.0), x + _product(a, entering))
     return h, torch.where(filled, h[0, (stops - 1).clamp(min=0)], initial_state)

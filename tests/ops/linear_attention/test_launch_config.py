@@ -34,9 +34,9 @@ def test_tiles_hold_the_dims_in_powers_of_two(
     key_dim: int, value_dim: int, rows: int, dtype: torch.dtype
 ) -> None:
     for small in (Gpu(), Gpu(84, 101_376)):
-        for backward in (False, True):
+        for backward, gated in ((False, False), (True, False), (False, True), (True, True)):
             tiles = launch_config.sweep_tiles(
-                key_dim, value_dim, dtype, rows, small, backward=backward
+                key_dim, value_dim, dtype, rows, small, backward=backward, gated=gated
             )
             assert tiles.key_block >= key_dim
             for size in (tiles.chunk, tiles.key_block, tiles.value_block, tiles.warps):

@@ -39,9 +39,12 @@ class TokenMixer(nn.Module, ABC):
     Attributes:
         may_drop_state: ``forward`` also takes keep_state; False where the caller has no use for the
             state and it would cost memory.
+        steps_in_slots: ``forward`` also takes a ``SlotState``, and ``log_decay(dtype)`` is that of
+            its steps: the mixer is one ``LinearAttentionCore`` with constant decay.
     """
 
     may_drop_state: ClassVar[bool] = False
+    steps_in_slots: ClassVar[bool] = False
 
     @abstractmethod
     def forward(
@@ -73,6 +76,14 @@ class TokenMixer(nn.Module, ABC):
             y, [batch, seq, model_dim], and the state after the last token (None where the mixer is
             not causal).
         """
+
+    def log_decay(self, dtype: torch.dtype) -> Tensor | None:
+        """Constant log decays of the heads for activations of ``dtype``, [kv_heads], or None.
+
+        Raises:
+            NotImplementedError: a mixer without ``steps_in_slots``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no constant decay")
 
     @abstractmethod
     def mixing_flops(self, context: int) -> float:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from transnormer.nn.activations import activation
-from transnormer.nn.lower_bounds import LowerBoundRule, LowerBounds, bound_of, forget_gate
+from transnormer.nn.lower_bounds import LowerBoundRule, LowerBounds, bound_of
 from transnormer.nn.norms import NormConfig
 from transnormer.nn.precision import KeepPrecision
 from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.gates import forget_gate
 from transnormer.ops.scan import complex_scan
 
 

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from transnormer.nn.activations import activation
 from transnormer.nn.core import LinearAttentionCore
-from transnormer.nn.lower_bounds import LowerBoundRule, LowerBounds, bound_of, forget_gate
+from transnormer.nn.lower_bounds import LowerBoundRule, LowerBounds, bound_of
 from transnormer.nn.norms import NormConfig
 from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.ops.checks import accumulation_dtype
+from transnormer.ops.gates import forget_gate
 
 
 class Hgrn2Config(TokenMixerBase):
@@ -90,10 +91,10 @@ class Hgrn2(TokenMixer):
         config = self.config
         bound = bound_of(shared, config.lower_bound, self.layer_index)
         v, q, z = self.in_proj(x).chunk(3, -1)
-        log_decay, k = forget_gate(z, bound)
+        log_decay, k = forget_gate(z, bound, dtype=z.dtype)
         q, v = activation(config.q_activation)(q), activation(config.v_activation)(v)
         q, k, v, log_decay = (
-            part.unflatten(-1, (-1, config.head_dim)) for part in (q, k.to(q.dtype), v, log_decay)
+            part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v, log_decay)
         )
         o, state = self.core(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask)
         if not self.core.causal:

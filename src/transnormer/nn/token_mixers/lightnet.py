@@ -15,7 +15,8 @@ from transnormer.nn.positions import LrpeInit, MdLrpe
 from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.ops.checks import accumulation_dtype
-from transnormer.ops.logcumsumexp import logcumsumexp
+from transnormer.ops.gates import cumulative_softmax
+from transnormer.ops.gates.cumulative_softmax import sequences_of
 
 # Stands for log 0 where -inf minus -inf would be NaN.
 _EMPTY = -1e30
@@ -156,26 +157,21 @@ class LightNet(TokenMixer):
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         dims = (self.key_dim, self.key_dim, self.value_dim)
         q, k, v = (y.unflatten(-1, (-1, dim)) for y, dim in zip(projected, dims, strict=True))
-        q, logits = F.silu(q), k.to(accumulation_dtype(k.dtype))
+        q = F.silu(q)
         if not self.causal:
-            k = _softmax(logits, mask, cu_seqlens, self.config.initial_mass)
+            k = _softmax(k, mask, cu_seqlens, self.config.initial_mass)
             q, k = self._encoded((q, k), positions, shape)
             o = self._whole(q, k.to(q.dtype), v, cu_seqlens)
             return self.out_proj(self._gated(o.flatten(2), x)), None
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        start = self._start(rows, logits) if state is None else state.log_mass
-        before, log_mass = _log_mass(logits, start, mask, cu_seqlens)
-        # z_{t-1} - z_t and k_t - z_t without cancellation. At the first token this is +inf: the
-        # decay is 0 and the key 1.
-        difference = logits - before
-        log_decay = F.logsigmoid(-difference)
-        q, k = self._encoded((q, torch.sigmoid(difference)), positions, shape)
-        if self.lrpe is not None:
-            log_decay = torch.cat([log_decay, log_decay], -1)
-        memory = None if state is None else state.memory
-        o, memory = self.core(
-            q, k.to(q.dtype), v, log_decay, state=memory, cu_seqlens=cu_seqlens, mask=mask
+        start = self._start(rows, k) if state is None else state.log_mass
+        # Masked tokens have key 0 and log decay 0: the core need not know them.
+        log_decay, k, log_mass = cumulative_softmax(
+            k, start, mask=mask, cu_seqlens=cu_seqlens, copies=1 if self.lrpe is None else 2
         )
+        q, k = self._encoded((q, k), positions, shape)
+        memory = None if state is None else state.memory
+        o, memory = self.core(q, k, v, log_decay, state=memory, cu_seqlens=cu_seqlens, mask=None)
         y = self.out_proj(self._gated(o.flatten(2), x))
         return y, LightNetState(memory, log_mass)
 
@@ -187,7 +183,9 @@ class LightNet(TokenMixer):
         return torch.einsum("bshk,bhkv->bshv", q, memory)
 
     def _start(self, rows: int, like: Tensor) -> Tensor:
-        return like.new_full((rows, *like.shape[2:]), _log(self.config.initial_mass))
+        dtype = accumulation_dtype(like.dtype)
+        log_mass = _log(self.config.initial_mass)
+        return like.new_full((rows, *like.shape[2:]), log_mass, dtype=dtype)
 
     def mixing_flops(self, context: int) -> float:
         heads, key_dim = self.config.heads, self.key_dim * (1 if self.lrpe is None else 2)
@@ -214,42 +212,14 @@ def _log(mass: float) -> float:
     return math.log(mass) if mass else -math.inf
 
 
-def _sequences(cu_seqlens: Tensor, seq: int) -> tuple[Tensor, Tensor]:
-    """Bounds as int64, and the packed sequence that each token lies in, [seq]."""
-    bounds = cu_seqlens.to(torch.int64)
-    token = torch.arange(seq, device=bounds.device)
-    return bounds, torch.searchsorted(bounds[1:], token, right=True)
-
-
-def _log_mass(
-    logits: Tensor, start: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Log mass before each token, shaped as logits, and after the last one, shaped as start.
-
-    The mass at the start is a token of its own in front of each sequence, so that empty sequences
-    and gradients of the state need no case.
-    """
-    if mask is not None:
-        logits = logits.masked_fill(~mask[..., None, None], -math.inf)
-    if cu_seqlens is None:
-        z = logcumsumexp(torch.cat([start[:, None], logits], 1))
-        return z[:, :-1], z[:, -1]
-    seq, rows = logits.shape[1], start.shape[0]
-    bounds, sequence = _sequences(cu_seqlens, seq)
-    every = torch.arange(seq + rows, device=bounds.device)
-    place, row = every[:seq] + sequence + 1, every[:rows]
-    first, last = bounds[:-1] + row, bounds[1:] + row
-    # Where the token at each place comes from: a permutation.
-    source = torch.zeros_like(every).scatter(0, torch.cat([place, first]), every)
-    begins = torch.zeros_like(source).scatter(0, first, 1).bool()
-    z = logcumsumexp(torch.cat([logits, start[None]], 1).index_select(1, source), begins)
-    return z.index_select(1, place - 1), z.index_select(1, last)[0]
-
-
 def _softmax(
     logits: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: float
 ) -> Tensor:
-    """exp(k_t) / (initial_mass + sum_s exp(k_s)) over each sequence; 0 at masked tokens."""
+    """exp(k_t) / (initial_mass + sum_s exp(k_s)) over each sequence; 0 at masked tokens.
+
+    In float32, float64 for float64 logits.
+    """
+    logits = logits.to(accumulation_dtype(logits.dtype))
     if mask is not None:
         logits = logits.masked_fill(~mask[..., None, None], -math.inf)
     least = max(_log(initial_mass), _EMPTY)
@@ -258,7 +228,7 @@ def _softmax(
         weights = (logits - peak).exp()
         total = weights.sum(1, keepdim=True)
     else:
-        bounds, sequence = _sequences(cu_seqlens, logits.shape[1])
+        bounds, sequence = sequences_of(cu_seqlens, logits.shape[1])
         rows = logits.new_full((bounds.shape[0] - 1, *logits.shape[2:]), least)
         index = sequence[:, None, None].expand(logits.shape[1:])
         peak = rows.scatter_reduce(0, index, logits[0].detach(), "amax")[sequence][None]

@@ -121,6 +121,8 @@ class Lightning(TokenMixer):
     (float64 for a float64 model); key_dim is doubled by LRPE in its doubled form.
     """
 
+    steps_in_slots = True
+
     def __init__(
         self,
         config: LightningConfig,
@@ -191,7 +193,7 @@ class Lightning(TokenMixer):
         if self.lrpe is not None:
             where = (positions,) if config.lrpe_axes == 1 else (positions, shape)
             q, k = self.lrpe((q, k), *where)
-        log_decay = None if config.decay == "none" else self.decay(q.dtype)
+        log_decay = self.log_decay(q.dtype)
         o, state = self.core(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask)
         o, gate = o.flatten(2), self._gate(x, parts[3] if len(parts) == 4 else None)
         if gate is not None and config.gate_position == "before_norm":
@@ -199,6 +201,9 @@ class Lightning(TokenMixer):
         else:
             o = self.norm(o) if gate is None else self.norm(o) * gate
         return self.out_proj(o), state
+
+    def log_decay(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.config.decay == "none" else self.decay(dtype)
 
     def mixing_flops(self, context: int) -> float:
         return self.core.flops_per_token(self.config.heads, self.key_dim, self.value_dim, context)

@@ -82,6 +82,8 @@ class Retention(TokenMixer):
     causality a token takes gamma^|n - m| of every other, itself once.
     """
 
+    steps_in_slots = True
+
     def __init__(self, config: RetentionConfig, model_dim: int, *, causal: bool) -> None:
         super().__init__()
         heads, value_width = config.heads, config.value_width or 2 * model_dim
@@ -128,9 +130,12 @@ class Retention(TokenMixer):
         k = self.k_proj(x).unflatten(-1, (-1, self.key_dim)) * self.key_dim**-0.5
         v = self.v_proj(x).unflatten(-1, (-1, self.value_dim))
         q, k = self.rotary((q, k), positions)
-        log_decay = self.decay(q.dtype)
+        log_decay = self.log_decay(q.dtype)
         o, state = self.core(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask)
         return self.out_proj(F.silu(self.gate_proj(x)) * self.norm(o).flatten(2)), state
+
+    def log_decay(self, dtype: torch.dtype) -> Tensor:
+        return self.decay(dtype)
 
     def mixing_flops(self, context: int) -> float:
         return self.core.flops_per_token(self.config.heads, self.key_dim, self.value_dim, context)

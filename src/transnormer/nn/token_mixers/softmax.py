@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from transnormer.nn.rotary import Rotary
-from transnormer.nn.softmax_attention import attention, packed_attention
+from transnormer.nn.softmax_attention import SoftmaxAttentionCore
 from transnormer.nn.state import KVState
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 
@@ -59,7 +59,8 @@ class Softmax(TokenMixer):
             raise ValueError(
                 f"heads is {config.heads}; expected a divisor of {model_dim}; or set head_dim"
             )
-        self.config, self.causal, self.kv_heads = config, causal, kv_heads
+        self.config, self.kv_heads = config, kv_heads
+        self.core = SoftmaxAttentionCore(causal=causal)
         self.head_dim = config.head_dim or model_dim // config.heads
         width, kv_width = config.heads * self.head_dim, kv_heads * self.head_dim
         self.q_proj = nn.Linear(model_dim, width, bias=config.bias)
@@ -89,11 +90,9 @@ class Softmax(TokenMixer):
         )
         if self.rotary is not None:
             q, k = self.rotary((q, k), positions)
-        options = {"causal": self.causal, "keep_state": keep_state and self.causal}
-        if cu_seqlens is None:
-            o, state = attention(q, k, v, mask=mask, past=state, **options)
-        else:
-            o, state = packed_attention(q, k, v, cu_seqlens, mask=mask, past=state, **options)
+        o, state = self.core(
+            q, k, v, state=state, cu_seqlens=cu_seqlens, mask=mask, keep_state=keep_state
+        )
         return self.out_proj(o.flatten(2)), state
 
     def mixing_flops(self, context: int) -> float:

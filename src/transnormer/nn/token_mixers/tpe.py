@@ -280,7 +280,9 @@ def _entering(parts: Tensor, kernel: Kernel, state: Tensor, bounds: Tensor | Non
     weights = (left * kernel.log_decay[:, None]).exp()
     batch, chunks = parts.shape[:2]
     added = torch.bmm(weights.expand(batch * chunks, -1, -1), parts.flatten(0, 1))
-    added = added.view(batch, chunks, *added.shape[1:])
+    # Channels are heads, too, as far as kernels need it that have no wider values.
+    width = _head_width(added.shape[2])
+    added = added.view(batch, chunks, -1, width)
     ones = parts.new_ones(*added.shape[:3], 1)
     if bounds is not None:
         state = F.pad(state, (0, 0, 0, 0, 0, 1))
@@ -288,11 +290,11 @@ def _entering(parts: Tensor, kernel: Kernel, state: Tensor, bounds: Tensor | Non
         ones,
         ones,
         added,
-        chunk * kernel.log_decay,
-        initial_state=state[:, :, None],
+        (chunk * kernel.log_decay).repeat_interleave(added.shape[2] // state.shape[1]),
+        initial_state=state.reshape(-1, added.shape[2], 1, width),
         cu_seqlens=bounds,
-        implementation="chunked",
     )
+    leaving = leaving.view(batch, chunks, *state.shape[1:])
     if bounds is None:
         return torch.cat([state[:, None], leaving[:, :-1]], 1)
     before = F.pad(leaving, (0, 0, 0, 0, 1, 0))[:, :-1]
@@ -300,6 +302,11 @@ def _entering(parts: Tensor, kernel: Kernel, state: Tensor, bounds: Tensor | Non
     row = torch.searchsorted(bounds[1:], token, right=True)
     begins = bounds[row] == token
     return torch.where(begins[:, None, None], state[row][None], before)
+
+
+def _head_width(channels: int) -> int:
+    """The largest divisor of the channels that the kernels take as a value_dim."""
+    return next(width for width in range(min(channels, 512), 0, -1) if channels % width == 0)
 
 
 def _leaving(part: Tensor, entering: Tensor, kernel: Kernel, count: Tensor) -> Tensor:

@@ -8,7 +8,10 @@ from torch import Tensor
 from transnormer.ops import checks
 from transnormer.ops.dispatch import Implementation, choose
 from transnormer.ops.linear_attention.chunked import chunked_linear_attention
-from transnormer.ops.linear_attention.constant_decay import constant_decay_attention
+from transnormer.ops.linear_attention.constant_decay import (
+    constant_decay_attention,
+    scalar_gate_attention,
+)
 from transnormer.ops.linear_attention.gated_decay import gated_decay_attention
 from transnormer.ops.linear_attention.kernel_devices import why_not_named
 from transnormer.ops.linear_attention.lightning1_ops import lightning1
@@ -45,6 +48,12 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
+def _is_narrow_key_gate(request: Request) -> bool:
+    """Calls whose gradient of log_decay an H100 gets wrong; the interpreter gets it right."""
+    narrow = request.decay_dims == 4 and request.key_dim <= 32
+    return narrow and request.dtype != torch.float32 and request.device.type == "cuda"
+
+
 def _needs_triton(request: Request) -> Exception | None:
     reason = why_not_named(request.device, request.named)
     if reason is not None:
@@ -54,6 +63,9 @@ def _needs_triton(request: Request) -> Exception | None:
     elif not (request.key_dim <= 256 and request.value_dim <= 512):
         what = f"key_dim is {request.key_dim} and value_dim {request.value_dim}"
         expected = "at most 256 and 512"
+    elif _is_narrow_key_gate(request):
+        what = f"key_dim is {request.key_dim} and log_decay has a gate a key"
+        expected = "at least 33, or float32 inputs"
     else:
         return None
     return NotImplementedError(
@@ -73,8 +85,14 @@ def _triton_attention(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The kernels for the kind of decay."""
-    gated = log_decay is not None and log_decay.dim() > 1
-    run = gated_decay_attention if gated else constant_decay_attention
+    run = constant_decay_attention
+    if log_decay is not None and log_decay.dim() > 1:
+        run = gated_decay_attention
+        if log_decay.dim() == 3 and q.dtype == torch.float32:
+            # Products of three make the backward sweep of a scalar gate too large for registers.
+            log_decay = log_decay[..., None].expand(k.shape)
+        elif log_decay.dim() == 3:
+            run = scalar_gate_attention
     return run(
         q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
         reverse=reverse,

@@ -1,4 +1,4 @@
-"""Linear attention with constant decay as torch ops whose kernels are Triton's.
+"""Linear attention with constant decay or a gate a head as torch ops whose kernels are Triton's.
 
 The backward op computes the states between the segments of a sequence again instead of keeping
 them: how many there are depends on the length, and a compiled graph would hold for few lengths.
@@ -53,3 +53,4 @@ def plan(k: Tensor, heads: int, cu_seqlens: Tensor | None) -> Plan:
 
 
 constant_decay_attention = define_attention("constant_decay_attention", "triton_launch")
+scalar_gate_attention = define_attention("scalar_gate_attention", "triton_launch")

@@ -35,6 +35,7 @@ def sweep_tiles(
     gpu: Gpu,
     *,
     backward: bool = False,
+    gated: bool = False,
 ) -> Tiles:
     """Tiles of a sweep with these dims, ``rows`` = units * heads of them.
 
@@ -42,8 +43,18 @@ def sweep_tiles(
     the ``stages`` chunks under way lie in shared memory. Chunks of 32 leave room for two programs
     a processor, which hide each other's waits; chunks of 64 take fewer steps where there is but
     one. float32 products are three tf32 products each, whose operands need registers.
+
+    The backward pass of scalar gates (gated) loads one more tile of keys and one of a state a
+    chunk, and writes a state a chunk, so that long chunks mean less to write.
     """
     block, values = block_of(key_dim), block_of(value_dim)
+    if gated and backward and block <= 256 and dtype != torch.float32:
+        if block == 256:
+            return Tiles(16, block, min(values, 32), 4, 2)
+        if gpu.shared_memory < 131_072:
+            return Tiles(32, block, min(values, 64), 4, 1)
+        wide = block == 128 and (dtype == torch.float16 or gpu.shared_memory < 196_608)
+        return Tiles(64, block, min(values, 64), 4, 2 if wide else 3)
     if dtype == torch.float32:
         chunk, most, warps = (32, 32, 8) if block <= 64 else (16, 32 if block == 128 else 16, 8)
         return Tiles(chunk, block, min(values, most), warps, 2)
@@ -113,6 +124,10 @@ def packed_length(heads: int, tokens: int, gpu: Gpu) -> int:
     return length
 
 
+# So many programs that write the states of gates fit a processor at a time.
+STATE_PROGRAMS = 3
+
+
 class GatedTiles(NamedTuple):
     """Tiles of the kernels for gates; ``chunk`` is the same in all of them."""
 
@@ -121,6 +136,7 @@ class GatedTiles(NamedTuple):
     states: Tiles
     values: Tiles
     keys: Tiles
+    levels: Tiles  # of what keys leaves; the key_blocks of both divide that of gates
 
     @property
     def chunk(self) -> int:
@@ -143,14 +159,19 @@ def gated_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu) -> G
             states=Tiles(chunk, min(block, 64), min(values, 64), 4, 2),
             values=Tiles(chunk, min(block, 64), min(values, 64), 4, 2),
             keys=Tiles(chunk, min(block, 64), min(values, 32), 4, 2),
+            levels=Tiles(chunk, min(block, 64), min(values, 32), 4, 2),
         )
     chunk, stages = 64 if block <= 128 else 32, 3 if block <= 128 else 2
     if gpu.shared_memory < 196_608:
         stages = 1
+    # States of float16 are float32: shared memory and registers hold fewer of them.
+    narrow = dtype == torch.bfloat16
+    ahead, most = (2 if stages == 3 and narrow else 1), (64 if narrow else 32)
     return GatedTiles(
         gates=Tiles(chunk, min(block, 64), 0, 4, 1),
         sweep=Tiles(chunk, block, min(values, 64), 4, stages),
         states=Tiles(chunk, min(block, 64), min(values, 64), 4, 3),
-        values=Tiles(chunk, min(block, 128), min(values, 64), 4, 1),
-        keys=Tiles(chunk, min(block, 64), min(values, 64), 4, 2),
+        values=Tiles(chunk, min(block, 128), min(values, 64), 4, ahead),
+        keys=Tiles(chunk, min(block, most), min(values, 64), 4, 2),
+        levels=Tiles(chunk, min(block, 32), min(values, 64), 4, 2),
     )

@@ -22,6 +22,9 @@ the sequence is not decayed by the token before it:
     dQ: (dO, V, K) in the order of the forward pass, on the forward state;
     dK: (V, dO, Q) and dV: (K, Q, dO) in the opposite order, on the gradient of the state.
 
+A gate a token and head (``triton_scalar``) runs in the same kernels: the sweep (``triton_sweep``) then
+makes mask and vectors of each chunk from sums of its gates.
+
 Legend: H query heads, G query heads a kv head, T tokens of a batch row, L tokens a segment, C
 tokens a chunk, D key dim and E value dim of a sweep; BD, BE their tile sizes.
 """
@@ -29,6 +32,14 @@ tokens a chunk, D key dim and E value dim of a sweep; BD, BE their tile sizes.
 import triton
 import triton.language as tl
 
+from transnormer.ops.linear_attention.triton_arithmetic import (
+    add_to_state,
+    decay_state,
+    load_tile,
+    power,
+    split_decay,
+)
+from transnormer.ops.linear_attention.triton_sweep import gated_sum, gated_sweep, sweep
 from transnormer.ops.linear_attention.triton_units import find_unit
 
 # Arguments stand in lines as they belong together; one a line, they would be 400 lines.
@@ -39,166 +50,11 @@ _FORGOTTEN: tl.constexpr = tl.constexpr(23.0)
 
 
 @triton.jit
-def power(g, exponent):
-    """exp(g * exponent), 1 for exponent 0 whatever g is (g may be -inf), 0 for a negative one."""
-    some = tl.exp(g * tl.maximum(exponent, 1).to(tl.float32))
-    return tl.where(exponent > 0, some, tl.where(exponent == 0, 1.0, 0.0))
-
-
-@triton.jit
-def split_decay(x):
-    """(kept, rest) with exp(x) = kept + rest, x <= 0: 1 and exp(x) - 1 near 0, else 0 and exp(x).
-
-    Near 1 the float32 exp(x) is off the same way at each chunk, which adds up over a long text;
-    S + rest * S rounds without direction.
-    """
-    # Positive values, which nobody may pass but nobody sees on a GPU, are no small ones either.
-    near = tl.abs(x) < 0.5
-    y = tl.where(near, x, 0.0)
-    # exp(y) - 1 as a Taylor polynomial: the first term left out is 0.5^10 / 10! = 3e-10.
-    poly = y / 9.0 + 1.0
-    for n in tl.static_range(7):
-        poly = poly * y / (8.0 - n) + 1.0
-    return tl.where(near, 1.0, 0.0), tl.where(near, y * poly, tl.exp(x))
-
-
-@triton.jit
 def load_decay(log_decay, head, CONSTANT: tl.constexpr):
     """The head's g as a float32 scalar, 0 without decay."""
     if CONSTANT:
         return tl.load(log_decay + head).to(tl.float32)
     return 0.0
-
-
-@triton.jit
-def decay_state(state, kept, rest, EXACT: tl.constexpr):
-    """exp(g C) * state; EXACT keeps float32 accuracy over many chunks."""
-    if EXACT:
-        return state * kept + state * rest
-    return state * (kept + rest)
-
-
-@triton.jit
-def as_operand(x, DTYPE: tl.constexpr):
-    """x rounded for a product, and the factor to multiply the product by.
-
-    A float16 would overflow where the float32 sum does not, so x is scaled to a largest entry of
-    1,024 first.
-    """
-    if DTYPE == tl.float16:
-        top = tl.max(tl.max(tl.abs(x), 1), 0)
-        factor = tl.where(top > 1e-35, top / 1024.0, 1.0)
-        return (x / factor).to(DTYPE), factor
-    return x.to(DTYPE), 1.0
-
-
-@triton.jit
-def load_tile(
-    pointers, row_inside, dim_inside, TAIL: tl.constexpr, MASK: tl.constexpr, DTYPE: tl.constexpr
-):
-    """A tile, 0 in rows beyond the tokens (TAIL) and in dims beyond the tensor's (MASK)."""
-    if TAIL:
-        x = tl.load(pointers, mask=row_inside & dim_inside, other=0.0)
-    elif MASK:
-        x = tl.load(pointers, mask=dim_inside, other=0.0)
-    else:
-        x = tl.load(pointers)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def add_to_state(
-    state, k, v, weight, faint, DTYPE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """state + sum over j of faint * weight_j v_j k_j^T, for v [BE, C] and k [C, BD].
-
-    ``faint`` may be far below a float16's smallest, so there it multiplies the float32 sum.
-    """
-    if DTYPE == tl.float16:
-        weighted, factor = as_operand(v.to(tl.float32) * weight[None, :], DTYPE)
-        return state + tl.dot(weighted, k, input_precision=PRECISION) * (factor * faint)
-    weighted = (v.to(tl.float32) * (weight * faint)[None, :]).to(DTYPE)
-    return tl.dot(weighted, k, acc=state, input_precision=PRECISION)
-
-
-@triton.jit
-def chunk(
-    q, k, v, o, left, state, mask, row_decay, weight, faint, kept, rest, rows, dims, values,
-    D: tl.constexpr, E: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, MASK_D: tl.constexpr, MASK_E: tl.constexpr, TAIL: tl.constexpr,
-):
-    """One chunk; q, k [C, BD] and v, o [BE, C] are tiles of pointers. Returns the state after it."""
-    inside, here = rows[:, None] < left, rows[None, :] < left
-    q_ = load_tile(q, inside, dims[None, :] < D, TAIL, MASK_D, DTYPE)
-    k_ = load_tile(k, inside, dims[None, :] < D, TAIL, MASK_D, DTYPE)
-    v_ = load_tile(v, here, values[:, None] < E, TAIL, MASK_E, DTYPE)
-    state_, factor = as_operand(state, DTYPE)
-    out = tl.dot(state_, tl.trans(q_), input_precision=PRECISION)
-    out = out * (row_decay * factor)[None, :]
-    p = tl.dot(k_, tl.trans(q_), input_precision=PRECISION) * mask
-    p_, factor = as_operand(p, DTYPE)
-    if DTYPE == tl.float16:
-        out += tl.dot(v_, p_, input_precision=PRECISION) * factor
-    else:
-        out = tl.dot(v_, p_, acc=out, input_precision=PRECISION)
-    state = decay_state(state, kept, rest, EXACT)
-    state = add_to_state(state, k_, v_, weight, faint, DTYPE, PRECISION)
-    out = out.to(o.dtype.element_ty)
-    if TAIL:
-        tl.store(o, out, mask=here & (values[:, None] < E))
-    elif MASK_E:
-        tl.store(o, out, mask=values[:, None] < E)
-    else:
-        tl.store(o, out)
-    return state
-
-
-@triton.jit
-def sweep(
-    q, k, v, o, q_step, k_step, v_step, o_step, length, state, g, shift, scale, row_scale,
-    key_scale, first_value, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Run a unit from its first token (in scan order) to its last; return the state after it.
-
-    q, k, v, o point at the head's first token; the steps to the next one are negative where the
-    order is opposite to the tensor's. ``scale`` is that of the products within a chunk, row_scale
-    of the products with the state, key_scale of what enters the state.
-    """
-    rows, dims = tl.arange(0, C), tl.arange(0, BD)
-    values = first_value + tl.arange(0, BE)
-    q += rows[:, None] * q_step + dims[None, :]
-    k += rows[:, None] * k_step + dims[None, :]
-    v += values[:, None] + rows[None, :] * v_step
-    o += values[:, None] + rows[None, :] * o_step
-    # Transposed, as the products are: [key position, query position].
-    mask = power(g, rows[None, :] - rows[:, None]) * scale
-    row_decay = power(g, rows + 1 - shift) * row_scale
-    weight = power(g, C - 1 - rows)
-    faint = power(g, shift) * key_scale
-    kept, rest = split_decay(g * C)
-    MASK_D: tl.constexpr = D != BD
-    MASK_E: tl.constexpr = E % BE != 0
-    full = length // C
-    for c in tl.range(0, full, num_stages=STAGES):
-        at = c * C
-        state = chunk(
-            q + at * q_step, k + at * k_step, v + at * v_step, o + at * o_step, C, state, mask,
-            row_decay, weight, faint, kept, rest, rows, dims, values, D, E, DTYPE, PRECISION, EXACT,
-            MASK_D, MASK_E, False,
-        )
-    left = (length - full * C).to(tl.int32)
-    if left > 0:
-        at = full * C
-        weight = tl.where(rows < left, power(g, left - 1 - rows), 0.0)
-        kept, rest = split_decay(g * left)
-        state = chunk(
-            q + at * q_step, k + at * k_step, v + at * v_step, o + at * o_step, left, state, mask,
-            row_decay, weight, faint, kept, rest, rows, dims, values, D, E, DTYPE, PRECISION, EXACT,
-            MASK_D, MASK_E, True,
-        )
-    return state
 
 
 @triton.jit
@@ -224,10 +80,12 @@ def forward_kernel(
     q, k, v, log_decay, entry, o, final, table, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, T, L, SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, ENTRY: tl.constexpr,
-    CONSTANT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    DECAY: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Outputs of one unit, head and slice of values; a sequence's last unit writes its final state.
+
+    DECAY: "none", "constant", or "gates", whose sums log_decay then holds, see ``triton_scalar``.
 
     ENTRY: "none", or what ``entry`` holds: a state a "sequence" or a "unit", [.., H / G, K, V].
     """
@@ -241,7 +99,6 @@ def forward_kernel(
         return
     kv_head = (head // G).to(tl.int64)
     kv_heads = H // G
-    g = load_decay(log_decay, kv_head, CONSTANT)
     dims = tl.arange(0, BD)
     values = first_value + tl.arange(0, BE)
     if ENTRY == "none":
@@ -253,16 +110,26 @@ def forward_kernel(
     at, direction = start, 1
     if REVERSE:
         at, direction = start + length - 1, -1
+    q_at = q + row * q_batch + at * q_token + head.to(tl.int64) * q_head
+    k_at = k + row * k_batch + at * k_token + kv_head * k_head
+    v_at = v + row * v_batch + at * v_token + kv_head * v_head
     o_token = tl.cast(H, tl.int64) * V
-    state = sweep(
-        q + row * q_batch + at * q_token + head.to(tl.int64) * q_head,
-        k + row * k_batch + at * k_token + kv_head * k_head,
-        v + row * v_batch + at * v_token + kv_head * v_head,
-        o + (row * T + at) * o_token + head * V, tl.cast(q_token, tl.int64) * direction,
-        tl.cast(k_token, tl.int64) * direction, tl.cast(v_token, tl.int64) * direction,
-        o_token * direction, length, state, g, 0, scale, scale, 1.0, first_value, K, V, C, BD, BE,
-        DTYPE, PRECISION, EXACT, STAGES,
-    )
+    o_at = o + (row * T + at) * o_token + head * V
+    q_step, k_step = tl.cast(q_token, tl.int64) * direction, tl.cast(k_token, tl.int64) * direction
+    v_step, o_step = tl.cast(v_token, tl.int64) * direction, o_token * direction
+    if DECAY == "gates":
+        sums = log_decay + ((row * kv_heads + kv_head) * T + at) * PARTS
+        state = gated_sweep(
+            q_at, k_at, v_at, o_at, q_at, sums, sums, sums, q_step, k_step, v_step, o_step, q_step,
+            length, state, scale, scale, 1.0, first_value, 0, False, K, V, C, BD, BE, DTYPE,
+            PRECISION, STAGES, -1 if REVERSE else 1, False, PARTS, False, False,
+        )
+    else:
+        g = load_decay(log_decay, kv_head, DECAY == "constant")
+        state = sweep(
+            q_at, k_at, v_at, o_at, q_step, k_step, v_step, o_step, length, state, g, 0, scale,
+            scale, 1.0, first_value, K, V, C, BD, BE, DTYPE, PRECISION, EXACT, STAGES,
+        )
     ends = first if REVERSE else last
     if ends and head % G == 0:
         store_state(final, sequence * kv_heads + kv_head, state, V, 1, dims, values, K, V)
@@ -276,13 +143,14 @@ def select(kind, a, b, c):
 
 @triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
 def backward_kernel(
-    q, k, v, do, log_decay, entry, grad_entry, dq, dk, dv, d_initial, table, q_batch, q_token,
-    q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head, T, L,
+    q, k, v, do, log_decay, entry, grad_entry, dq, dk, dv, d_initial, d_gates, chunk_states, table,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head, T, L,
     SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
     COUNT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr, ENTRY: tl.constexpr, GRAD_ENTRY: tl.constexpr, D_INITIAL: tl.constexpr,
-    CONSTANT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    D_GATES: tl.constexpr, DECAY: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+    REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients FIRST to FIRST + COUNT - 1 of (q, k, v), each a sweep of its own programs.
 
@@ -290,6 +158,10 @@ def backward_kernel(
     and do at the same time, so that one of them finds them in the L2 cache. k's and v's gradients
     are written for each query head. D and E are the dims of the sweeps: (V, K) for q's and k's,
     (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states.
+
+    With gates q's gradient is a launch of its own, after the others. D_GATES: k's writes the
+    gradient of the state that leaves each chunk to chunk_states [.., H, K, V], from which q's makes
+    the gates' gradient, d_gates [batch, H, SLICES, T], one share a slice.
     """
     SLICES: tl.constexpr = (E + BE - 1) // BE
     program = tl.program_id(0)
@@ -302,7 +174,6 @@ def backward_kernel(
         return
     kv_head = (head // G).to(tl.int64)
     kv_heads = H // G
-    g = load_decay(log_decay, kv_head, CONSTANT)
     dims = tl.arange(0, BD)
     values = first_value + tl.arange(0, BE)
     # q's gradient goes with the order of the forward pass, the others against it.
@@ -351,11 +222,28 @@ def backward_kernel(
     row_scale, key_scale, shift = scale, 1.0, 0
     if kind != 0:
         row_scale, key_scale, shift = 1.0, scale, 1
-    state = sweep(
-        a, b, c, o, a_token, b_token, c_token, tl.cast(H, tl.int64) * E * direction, length, state,
-        g, shift, scale, row_scale, key_scale, first_value, D, E, C, BD, BE, DTYPE, PRECISION,
-        EXACT, STAGES,
-    )
+    o_token = tl.cast(H, tl.int64) * E * direction
+    if DECAY == "gates":
+        AGAINST: tl.constexpr = FIRST > 0
+        sums = log_decay + ((row * kv_heads + kv_head) * T + at) * PARTS
+        first_chunk = (row * T + start) // C + unit
+        at_shares, at_states = sums, sums
+        if D_GATES:
+            at_shares = d_gates + ((row * H + head) * SLICES + program // COUNT % SLICES) * T + at
+            at_states = chunk_states + (first_chunk * H + head) * (K * V)
+        state = gated_sweep(
+            a, b, c, o, q_at, at_shares, at_states, sums, a_token, b_token, c_token, o_token,
+            q_token, length, state, scale, row_scale, key_scale, first_value,
+            tl.cast(H, tl.int64) * (K * V), kind == 1, D, E, C, BD, BE, DTYPE, PRECISION, STAGES,
+            -1 if REVERSE != AGAINST else 1, AGAINST, PARTS, D_GATES and AGAINST,
+            D_GATES and not AGAINST,
+        )
+    else:
+        g = load_decay(log_decay, kv_head, DECAY == "constant")
+        state = sweep(
+            a, b, c, o, a_token, b_token, c_token, o_token, length, state, g, shift, scale,
+            row_scale, key_scale, first_value, D, E, C, BD, BE, DTYPE, PRECISION, EXACT, STAGES,
+        )
     if D_INITIAL:
         begins = last if REVERSE else first
         if begins and kind == FIRST + COUNT - 1:
@@ -365,18 +253,19 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
 def local_state_kernel(
-    k, v, log_decay, states, table, k_batch, k_token, k_head, v_batch, v_token, v_head, T, L,
+    k, v, log_decay, states, decays, table, k_batch, k_token, k_head, v_batch, v_token, v_head, T, L,
     SEGMENTS, H, G, scale, PIECES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BE: tl.constexpr, SHIFT: tl.constexpr, CONSTANT: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, STAGES: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, SHIFT: tl.constexpr, DECAY: tl.constexpr,
+    PARTS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):
     """What each unit adds to the state: sum of exp(g * distance) scale k_j v_j^T, [units, H, K, V].
 
     Only the last tokens count, as many as float32 can still see behind their decay. The unit at
     which the walk ends (its PIECES, see carry_kernel) is left out: no other one needs it. k and v
-    have H heads; the log_decay of head h is at h // G.
+    have H heads; the log_decay of head h is at h // G. With gates all tokens are read, and what
+    decays a state on its way through the unit is written too, its log in decays [units, H].
     """
     SLICES: tl.constexpr = (V + BE - 1) // BE
     program = tl.program_id(0)
@@ -393,25 +282,34 @@ def local_state_kernel(
         ends = unit % SEGMENTS >= SEGMENTS - PIECES
     if ends:
         return
-    g = load_decay(log_decay, head // G, CONSTANT)
     rows, dims = tl.arange(0, C), tl.arange(0, BD)
     values = (program % SLICES) * BE + tl.arange(0, BE)
     at, direction = start, 1
     if REVERSE:
         at, direction = start + length - 1, -1
+    index = unit.to(tl.int64) * H + head
+    k_token, v_token = tl.cast(k_token, tl.int64), tl.cast(v_token, tl.int64)
+    k += row * k_batch + at * k_token + head.to(tl.int64) * k_head
+    v += row * v_batch + at * v_token + head.to(tl.int64) * v_head
+    k_token, v_token = k_token * direction, v_token * direction
+    if DECAY == "gates":
+        sums = log_decay + ((row * (H // G) + head // G) * T + at) * PARTS
+        state, total = gated_sum(
+            k, v, sums, k_token, v_token, length, scale, dims, values, K, V, C, BD, BE, DTYPE,
+            PRECISION, STAGES, -1 if REVERSE else 1, SHIFT == 1, PARTS,
+        )
+        store_state(states, index, state, V, 1, dims, values, K, V)
+        tl.store(decays + index, total, mask=program % SLICES == 0)
+        return
+    g = load_decay(log_decay, head // G, DECAY == "constant")
     # The first chunk that is not forgotten at the unit's end.
     window = tl.maximum(length, 1).to(tl.float32)
     if g * window < -_FORGOTTEN:
         window = _FORGOTTEN / -g
     skipped = tl.maximum(length - window.to(tl.int64) - 1, 0) // C
-    at += skipped * C * direction
     length -= skipped * C
-    k_token, v_token = tl.cast(k_token, tl.int64), tl.cast(v_token, tl.int64)
-    k += row * k_batch + at * k_token + head.to(tl.int64) * k_head
-    v += row * v_batch + at * v_token + head.to(tl.int64) * v_head
-    k_token, v_token = k_token * direction, v_token * direction
-    k_tile = k + rows[:, None] * k_token + dims[None, :]
-    v_tile = v + values[:, None] + rows[None, :] * v_token
+    k_tile = k + skipped * C * k_token + rows[:, None] * k_token + dims[None, :]
+    v_tile = v + skipped * C * v_token + values[:, None] + rows[None, :] * v_token
     weight = power(g, C - 1 - rows)
     faint = power(g, SHIFT) * scale
     kept, rest = split_decay(g * C)
@@ -435,16 +333,15 @@ def local_state_kernel(
         v_ = load_tile(v_tile + at * v_token, here, values[:, None] < V, True, MASK_E, DTYPE)
         state = decay_state(state, kept, rest, EXACT)
         state = add_to_state(state, k_, v_, weight, faint, DTYPE, PRECISION)
-    index = unit.to(tl.int64) * H + head
     store_state(states, index, state, V, 1, dims, values, K, V)
 
 
 @triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G", "INITIAL_GROUP"])
 def carry_kernel(
-    added, entry, initial, log_decay, first_unit, table,
+    added, entry, initial, log_decay, decays, first_unit, table,
     T, L, SEGMENTS, H, G, INITIAL_GROUP, PIECES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, INITIAL: tl.constexpr,
-    CONSTANT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
 ):
     """From what pieces of units add to the states that enter the units, [units, H, K, V].
 
@@ -463,7 +360,7 @@ def carry_kernel(
         count = tl.load(first_unit + sequence + 1) - begin
     else:
         begin, count = sequence * SEGMENTS, tl.cast(SEGMENTS, tl.int64)
-    g = load_decay(log_decay, head // G, CONSTANT)
+    g = load_decay(log_decay, head // G, DECAY == "constant")
     carry = tl.zeros([BLOCK], dtype=tl.float32)
     if INITIAL:
         index = sequence * (H // INITIAL_GROUP) + head // INITIAL_GROUP
@@ -479,9 +376,13 @@ def carry_kernel(
         # The unit at which the walk ends added nothing; its memory is not read.
         at = added + ((begin + j) * H + head) * (K * V) + entries
         new = tl.load(at, mask=inside & (i < count - PIECES), other=0.0)
-        if PACKED:
-            size = tl.load(table + (begin + j) * 4 + 2)
+        if DECAY == "gates":
+            whole = tl.load(decays + (begin + j) * H + head, mask=i < count - PIECES, other=0.0)
         else:
-            size = tl.minimum(tl.maximum(T - j * L, 0), L)
-        kept, rest = split_decay(tl.where(size > 0, g * tl.maximum(size, 1), 0.0))
+            if PACKED:
+                size = tl.load(table + (begin + j) * 4 + 2)
+            else:
+                size = tl.minimum(tl.maximum(T - j * L, 0), L)
+            whole = tl.where(size > 0, g * tl.maximum(size, 1), 0.0)
+        kept, rest = split_decay(whole)
         carry = carry * kept + carry * rest + new

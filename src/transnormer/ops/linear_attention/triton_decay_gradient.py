@@ -16,26 +16,19 @@ Legend as in ``triton_constant``.
 import triton
 import triton.language as tl
 
-from transnormer.ops.linear_attention.triton_constant import (
+from transnormer.ops.linear_attention.triton_arithmetic import (
     as_operand,
     decay_state,
-    load_decay,
-    load_state,
     load_tile,
     power,
+    product,
     split_decay,
 )
+from transnormer.ops.linear_attention.triton_constant import load_decay, load_state
 from transnormer.ops.linear_attention.triton_units import find_unit
 
 # Arguments stand in lines as they belong together.
 # fmt: off
-
-
-@triton.jit
-def product(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """a b, a rounded to DTYPE first."""
-    a_, factor = as_operand(a, DTYPE)
-    return tl.dot(a_, b, input_precision=PRECISION) * factor
 
 
 @triton.jit

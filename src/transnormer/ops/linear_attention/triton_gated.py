@@ -2,7 +2,8 @@
 
     S_t = exp(g_t) * S_{t-1} + k_t v_t^T;    o_t = scale * q_t S_t        (g_t = log_decay <= 0)
 
-g_t is a number a head (scalar gate) or a vector [key_dim], which decays the rows of S (key gate).
+g_t is a vector [key_dim], which decays the rows of S (key gate); for a number a head see
+``triton_scalar``.
 Layout [batch, seq, heads, dim] with any strides but a contiguous last dim; states are
 [key_dim, value_dim], float32. Sources: Yang et al. 2024, arXiv:2312.06635, section 4 (chunks);
 Qin et al. 2024, arXiv:2404.07904 (HGRN2).
@@ -17,18 +18,22 @@ A chunk of C tokens, in the order of the scan from 0, with f the decay of its fi
 chunks. f is kept apart because a float16 would lose it: the first row of ``entering`` and the last
 one of ``leaving`` are q and k themselves.
 
-Scores of a key gate do not factor into q_t and k_s times something without decays above 1, which
-overflow. They do for a pair with a boundary between s and t: q_t decayed from the boundary on times
-k_s decayed up to it. So chunks are halved, their halves halved and so on: at level l the tokens
-whose bit l is set are the right halves of blocks of 2^(l+1) tokens. One product of each level's
-tokens with themselves,
+The score of a pair is one of q_t exp(c_t - c_m) and k_s exp(c_m - c_s), c the sums of the gates up
+to a token and m the middle of the chunk. That is exact, and a single product for all pairs, as long
+as neither factor leaves the range of its dtype: no token decays further than by 2^-LIMIT from the
+middle (the chunk is *near*). Else chunks are cut into the largest blocks in which that holds, down to single
+tokens, and the pairs of different blocks take levels:
+
+With a boundary between s and t a score is the product of q_t decayed from the boundary on and k_s
+decayed up to it, whatever the decay. So chunks are halved, their halves halved and so on: at level l
+the tokens whose bit l is set are the right halves of blocks of 2^(l+1) tokens. One product of each
+level's tokens with themselves,
 
     u_t = q_t exp(sum from the boundary to t)  (right),    u_s = k_s exp(sum after s)  (left),
 
 holds the scores of all pairs whose highest different bit is l. Nothing is divided, no difference is
 taken, all exponents are sums of some g, so that 0 and -inf need no care. The sums are products of
-a matrix of 0 and 1 with the gates: no value crosses from row to row by other means. For a scalar
-gate the levels give a mask, as constant decay has one.
+a matrix of 0 and 1 with the gates: no value crosses from row to row by other means.
 
 Legend: H query heads, G query heads a kv head, T tokens of a batch row, CHUNKS chunks of a batch
 row, C tokens a chunk, W a block of key dims, K key dim, V value dim, BK, BD, BE tile sizes. A
@@ -38,19 +43,17 @@ row, C tokens a chunk, W a block of key dims, K key dim, V value dim, BK, BD, BE
 import triton
 import triton.language as tl
 
-from transnormer.ops.linear_attention.triton_constant import (
-    as_operand,
-    split_decay,
-)
+from transnormer.ops.linear_attention.triton_arithmetic import as_operand, split_decay
 from transnormer.ops.linear_attention.triton_units import find_unit
 
 # Arguments stand in lines as they belong together; one a line, they would be 400 lines.
 # fmt: off
 
 
+_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# Decays below 2^-256 are 0 in float32, as is that of -inf.
-_NOTHING: tl.constexpr = tl.constexpr(-256.0)
+# Decays below 2^-160 are 0 in float32, as is that of -inf; a larger number takes digits from sums.
+_NOTHING: tl.constexpr = tl.constexpr(-160.0)
 
 
 @triton.jit
@@ -90,12 +93,11 @@ def level_pairs(rows, level):
 
 @triton.jit
 def split_gates(gates, PARTS: tl.constexpr):
-    """gates, for exp2 instead of exp, as a sum of one or two float16; products with 0, 1 are exact.
+    """gates as a sum of one or two float16; products with 0 and 1 are exact.
 
     One part is enough beside products of bfloat16: 11 bits of an exponent, of which those of more
     than a few units belong to what has decayed away. Two have 22 bits, or are off by 3e-8.
     """
-    gates = tl.maximum(gates * _LOG2_E, _NOTHING)
     high = gates.to(tl.float16)
     if PARTS == 1:
         return high, high
@@ -112,19 +114,56 @@ def load_ones(ones, rows):
 
 
 @triton.jit
-def decays_of(which, ones, high, low, PARTS: tl.constexpr):
-    """Decay by the gates that ``which`` [C, C] selects for each row, [C, W]."""
+def log2_sums(which, ones, high, low, PARTS: tl.constexpr):
+    """Sums of the gates that ``which`` [C, C] selects for each row, [C, W]."""
     which = tl.where(which, ones, 0.0).to(tl.float16)
     sums = tl.dot(which, high)
     if PARTS == 2:
         sums = tl.dot(which, low, acc=sums)
-    return tl.exp2(sums)
+    return sums
 
 
 @triton.jit
-def row_decays(which, gates):
-    """The same for one gate a token, gates [C]: [C]."""
-    return tl.exp(tl.sum(tl.where(which, gates[None, :], 0.0), 1))
+def decays_of(which, ones, high, low, PARTS: tl.constexpr):
+    """Decay by the gates that ``which`` [C, C] selects for each row, [C, W]."""
+    return tl.exp2(log2_sums(which, ones, high, low, PARTS))
+
+
+@triton.jit
+def from_middle(rows, level, ones, high, low, PARTS: tl.constexpr):
+    """[C, W]: gates summed up to a token, less those up to the middle of its block of 2^level."""
+    middle = ((rows >> level) << level) | ((1 << level) >> 1)
+    between = within(rows, tl.minimum(rows, middle) + 1, tl.maximum(rows, middle))
+    sums = log2_sums(between, ones, high, low, PARTS)
+    return tl.where((rows > middle)[:, None], sums, -sums)
+
+
+@triton.jit
+def halves_of(gates, rows, C: tl.constexpr):
+    """Sums of gates [C, W] up to the middle of the chunk and behind it, [W] each."""
+    first_half = (rows <= C // 2)[:, None]
+    lead = tl.sum(tl.where(first_half, gates, 0.0), 0)
+    return lead, tl.sum(tl.where(first_half, 0.0, gates), 0)
+
+
+@triton.jit
+def level_of_blocks(rows, ones, high, low, LEVELS: tl.constexpr, PARTS: tl.constexpr,
+                    LIMIT: tl.constexpr):
+    """The level of the largest blocks in which all is near the middle, LEVELS for the chunk."""
+    base = 0
+    for level in range(2, LEVELS, 2):
+        middle = from_middle(rows, level, ones, high, low, PARTS)
+        base = tl.where(tl.max(tl.max(tl.abs(middle), 1), 0) <= LIMIT, level, base)
+    middle = from_middle(rows, LEVELS, ones, high, low, PARTS)
+    return tl.where(tl.max(tl.max(tl.abs(middle), 1), 0) <= LIMIT, LEVELS, base)
+
+
+@triton.jit
+def block_scores(q_, k_, middle, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of pairs in one block, [C, C]; ``middle`` as from_middle gives it."""
+    queries, q_factor = as_operand(q_.to(tl.float32) * tl.exp2(middle), DTYPE)
+    keys, k_factor = as_operand(k_.to(tl.float32) * tl.exp2(-middle), DTYPE)
+    return tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (q_factor * k_factor)
 
 
 @triton.jit
@@ -133,16 +172,6 @@ def token_walk(start, length, step, REVERSE: tl.constexpr):
     if REVERSE:
         return start + length - 1, -step
     return start, step
-
-
-@triton.jit
-def decay_mask(gates, rows, LEVELS: tl.constexpr, C: tl.constexpr):
-    """exp of the sum of the gates between each two tokens, [C, C], the same in both triangles."""
-    mask = (rows[:, None] == rows[None, :]).to(tl.float32)
-    for level in range(0, LEVELS):
-        factor = row_decays(decayed_by(rows, level), gates)
-        mask = tl.where(level_pairs(rows, level), factor[:, None] * factor[None, :], mask)
-    return mask
 
 
 @triton.jit
@@ -155,19 +184,21 @@ def store_decays(first, total, log_total, at, gate, sum_, inside):
 
 @triton.jit(do_not_specialize=["T", "CHUNKS", "H", "G"])
 def gates_kernel(
-    q, k, g, ones, scores, entering, leaving, first, total, log_total, table, q_batch, q_token,
-    q_head,
-    k_batch, k_token, k_head, g_batch, g_token, g_head, T, CHUNKS, H, G, K: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, SCALAR: tl.constexpr,
-    PARTS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, g, ones, scores, entering, leaving, first, total, log_total, halves, near, table, q_batch,
+    q_token, q_head, k_batch, k_token, k_head, g_batch, g_token, g_head, T, CHUNKS, H, G,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    LIMIT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Scores, decayed queries and keys and decays of one chunk and query head.
 
     scores [chunks, H, C, C], entering [chunks, H, C, K] and leaving [chunks, H / G, C, K] have
     their tokens in the order of the scan, 0 beyond the last one. first and total
-    [chunks, H / G, K or 1], float32, are the decays by the first token and by all of the chunk,
-    log_total the sum of the latter's gates. ones has C of them, float16.
+    [chunks, H / G, K], float32, are the decays by the first token and by all of the chunk,
+    log_total the sum of the latter's gates. halves [chunks, H / G, 2, K], float32,
+    are the sums of the gates, times log2(e), up to the chunk's middle and behind it. near
+    [chunks, H / G], int32, is 1 where no token decays further than by 2^-LIMIT from the middle; where
+    it is 0 the scores mean nothing, and ``level_kernel`` makes them. ones has C of them, float16.
     """
     program = tl.program_id(0)
     head = program % H
@@ -190,61 +221,102 @@ def gates_kernel(
     inside = rows[:, None] < length
     later = rows[:, None] < rows[None, :]
     sums = tl.zeros([C, C], dtype=tl.float32)
-    diagonal = tl.zeros([C], dtype=tl.float32)
-    ones = load_ones(ones, rows)
+    lowest = tl.zeros([BK], dtype=tl.float32)
     # The first token's gate stands apart.
     gated = (rows > 0) & (rows < length)
-    gates = tl.zeros([C], dtype=tl.float32)
-    prefix = tl.zeros([C, BK], dtype=tl.float32)
-    suffix = tl.zeros([C, BK], dtype=tl.float32)
-    if SCALAR:
-        gates = tl.load(g + rows * g_step, mask=gated, other=0.0).to(tl.float32)
-        prefix = row_decays(rows[:, None] >= rows[None, :], gates)[:, None]
-        suffix = row_decays(later, gates)[:, None]
-        if owner:
-            gate = tl.load(g, mask=length > 0, other=0.0).to(tl.float32)
-            store_decays(first, total, log_total, index, gate, gate + tl.sum(gates, 0), True)
     for base in range(0, K, BK):
         dims = base + tl.arange(0, BK)
+        within_key = dims[None, :] < K
+        q_ = tl.load(q + dims[None, :], mask=inside & within_key, other=0.0).to(DTYPE)
+        k_ = tl.load(k + dims[None, :], mask=inside & within_key, other=0.0).to(DTYPE)
+        at = g + rows[:, None] * g_step + dims[None, :]
+        raw = tl.load(at, mask=gated[:, None] & within_key, other=0.0).to(tl.float32)
+        key_gates = tl.maximum(raw * _LOG2_E, _NOTHING)
+        before = tl.cumsum(key_gates, 0)
+        lead, trail = halves_of(key_gates, rows, C)
+        lowest = tl.minimum(lowest, tl.minimum(lead, trail))
+        if owner:
+            here = (dims < K) & (length > 0)
+            gate = tl.load(g + dims, mask=here, other=0.0).to(tl.float32)
+            sum_ = gate + (lead + trail) * _LN_2
+            store_decays(first, total, log_total, index * K + dims, gate, sum_, dims < K)
+            tl.store(halves + index * (2 * K) + dims, lead, mask=dims < K)
+            tl.store(halves + index * (2 * K) + K + dims, trail, mask=dims < K)
+        prefix = tl.exp2(before)
+        if PARTS == 1:
+            suffix = tl.exp2((lead + trail)[None, :] - before)
+        else:
+            # The difference of two sums that may be far larger has too few digits.
+            high, low = split_gates(key_gates, PARTS)
+            suffix = decays_of(later, load_ones(ones, rows), high, low, PARTS)
+        decayed = (q_.to(tl.float32) * prefix).to(entering.dtype.element_ty)
+        tl.store(entering + dims[None, :], decayed, mask=within_key)
+        if owner:
+            decayed = (k_.to(tl.float32) * suffix).to(leaving.dtype.element_ty)
+            tl.store(leaving + dims[None, :], decayed, mask=within_key)
+        # Nothing overflows in scores that mean nothing.
+        middle = tl.minimum(tl.maximum(before - lead[None, :], -LIMIT), LIMIT)
+        sums += block_scores(q_, k_, middle, DTYPE, PRECISION)
+    if owner:
+        tl.store(near + index, (tl.min(lowest, 0) >= -LIMIT).to(tl.int32))
+    sums = tl.where(later, 0.0, sums)
+    at = scores + (chunk * H + head) * (C * C) + rows[:, None] * C + rows[None, :]
+    tl.store(at, sums.to(scores.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "CHUNKS", "H", "G"])
+def level_kernel(
+    q, k, g, ones, scores, near, levels, table, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    g_batch, g_token, g_head, T, CHUNKS, H, G, K: tl.constexpr, C: tl.constexpr,
+    LEVELS: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Scores of one chunk and query head whose gates are not near, as in gates_kernel.
+
+    levels [chunks, H / G, key blocks], int32, gets the level of the blocks that are near.
+    """
+    BLOCKS: tl.constexpr = (K + BK - 1) // BK
+    program = tl.program_id(0)
+    head = program % H
+    chunk = (program // H).to(tl.int64)
+    sequence, row, start, length, _, _ = find_unit(chunk, table, T, C, CHUNKS, PACKED)
+    if sequence < 0:
+        return
+    kv_head, kv_heads = (head // G).to(tl.int64), H // G
+    index = chunk * kv_heads + kv_head
+    if tl.load(near + index) != 0:
+        return
+    rows = tl.arange(0, C)
+    q_at, q_step = token_walk(start, length, tl.cast(q_token, tl.int64), REVERSE)
+    k_at, k_step = token_walk(start, length, tl.cast(k_token, tl.int64), REVERSE)
+    g_at, g_step = token_walk(start, length, tl.cast(g_token, tl.int64), REVERSE)
+    q += row * q_batch + q_at * q_token + head.to(tl.int64) * q_head + rows[:, None] * q_step
+    k += row * k_batch + k_at * k_token + kv_head * k_head + rows[:, None] * k_step
+    g += row * g_batch + g_at * g_token + kv_head * g_head + rows[:, None] * g_step
+    inside = rows[:, None] < length
+    ones = load_ones(ones, rows)
+    sums = tl.zeros([C, C], dtype=tl.float32)
+    for block in range(0, BLOCKS):
+        dims = block * BK + tl.arange(0, BK)
         live = inside & (dims[None, :] < K)
         q_ = tl.load(q + dims[None, :], mask=live, other=0.0).to(DTYPE)
         k_ = tl.load(k + dims[None, :], mask=live, other=0.0).to(DTYPE)
-        if SCALAR:
-            sums = tl.dot(q_, tl.trans(k_), acc=sums, input_precision=PRECISION)
-        else:
-            at = g + rows[:, None] * g_step + dims[None, :]
-            chosen = gated[:, None] & (dims[None, :] < K)
-            key_gates = tl.load(at, mask=chosen, other=0.0).to(tl.float32)
-            if owner:
-                here = (dims < K) & (length > 0)
-                gate = tl.load(g + dims, mask=here, other=0.0).to(tl.float32)
-                sum_ = gate + tl.sum(key_gates, 0)
-                store_decays(first, total, log_total, index * K + dims, gate, sum_, dims < K)
-            high, low = split_gates(key_gates, PARTS)
-            products = tl.zeros([C, C], dtype=tl.float32)
-            for i in range(0, LEVELS):
-                level = LEVELS - 1 - i
-                right = is_right(rows, level)[:, None]
-                factor = decays_of(decayed_by(rows, level), ones, high, low, PARTS)
-                u = (tl.where(right, q_, k_).to(tl.float32) * factor).to(DTYPE)
-                new = tl.dot(u, tl.trans(u), input_precision=PRECISION)
-                # What is no pair of this level is one of a lower level, or above the diagonal.
-                begin = (rows >> (level + 1)) << (level + 1)
-                products = tl.where(rows[None, :] >= begin[:, None], new, products)
-            sums += products
-            diagonal += tl.sum(q_.to(tl.float32) * k_.to(tl.float32), 1)
-            prefix = decays_of(rows[:, None] >= rows[None, :], ones, high, low, PARTS)
-            suffix = decays_of(later, ones, high, low, PARTS)
-        decayed = (q_.to(tl.float32) * prefix).to(entering.dtype.element_ty)
-        tl.store(entering + dims[None, :], decayed, mask=dims[None, :] < K)
-        if owner:
-            decayed = (k_.to(tl.float32) * suffix).to(leaving.dtype.element_ty)
-            tl.store(leaving + dims[None, :], decayed, mask=dims[None, :] < K)
-    if SCALAR:
-        sums = tl.where(later, 0.0, sums * decay_mask(gates, rows, LEVELS, C))
-    else:
-        sums = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], sums)
-        sums = tl.where(later, 0.0, sums)
+        gates = tl.load(g + dims[None, :], mask=live & (rows > 0)[:, None], other=0.0)
+        high, low = split_gates(tl.maximum(gates.to(tl.float32) * _LOG2_E, _NOTHING), PARTS)
+        base = level_of_blocks(rows, ones, high, low, LEVELS, PARTS, LIMIT)
+        if head % G == 0:
+            tl.store(levels + index * BLOCKS + block, base)
+        middle = from_middle(rows, base, ones, high, low, PARTS)
+        new = block_scores(q_, k_, middle, DTYPE, PRECISION)
+        for level in range(base, LEVELS):
+            right = is_right(rows, level)[:, None]
+            factor = decays_of(decayed_by(rows, level), ones, high, low, PARTS)
+            u = (tl.where(right, q_, k_).to(tl.float32) * factor).to(DTYPE)
+            products = tl.dot(u, tl.trans(u), input_precision=PRECISION)
+            # What is no pair of this level or a lower one is one of a higher level.
+            new = tl.where(((rows[:, None] ^ rows[None, :]) >> level) == 0, new, products)
+        sums += new
+    sums = tl.where(rows[:, None] < rows[None, :], 0.0, sums)
     at = scores + (chunk * H + head) * (C * C) + rows[:, None] * C + rows[None, :]
     tl.store(at, sums.to(scores.dtype.element_ty))
 
@@ -263,24 +335,22 @@ def find_walk(walk, first_unit, N, CHUNKS, M, SEGMENTS, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_vector(pointer, index, dims, K: tl.constexpr, SCALAR: tl.constexpr):
+def load_vector(pointer, index, dims, K: tl.constexpr):
     """Decays of a chunk, a number for each of dims."""
-    if SCALAR:
-        return tl.load(pointer + index + dims * 0)
     return tl.load(pointer + index * K + dims, mask=dims < K, other=0.0)
 
 
 @triton.jit
 def decayed_state(
     state, total, log_total, index, dims, AXIS: tl.constexpr, K: tl.constexpr,
-    SCALAR: tl.constexpr, EXACT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """The state after a chunk's decay; dims run along ``AXIS``. EXACT as in triton_constant."""
     if EXACT:
-        kept, rest = split_decay(load_vector(log_total, index, dims, K, SCALAR))
+        kept, rest = split_decay(load_vector(log_total, index, dims, K))
         kept, rest = tl.expand_dims(kept, 1 - AXIS), tl.expand_dims(rest, 1 - AXIS)
         return state * kept + state * rest
-    return state * tl.expand_dims(load_vector(total, index, dims, K, SCALAR), 1 - AXIS)
+    return state * tl.expand_dims(load_vector(total, index, dims, K), 1 - AXIS)
 
 
 @triton.jit
@@ -297,7 +367,7 @@ def sweep_kernel(
     entering, leaving, scores, v, firsts, totals, log_totals, initial, entry, o, final, table,
     first_unit,
     v_batch, v_token, v_head, T, CHUNKS, M, SEGMENTS, N, H, G, scale, K: tl.constexpr,
-    V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SCALAR: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     INITIAL: tl.constexpr, CARRIED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -353,7 +423,7 @@ def sweep_kernel(
         # Transposed by their addresses: [key position, query position].
         p_ = tl.load(scores + query * C + rows[:, None] + rows[None, :] * C)
         index = chunk * kv_heads + kv_head
-        decay = load_vector(firsts, index, dims, K, SCALAR)
+        decay = load_vector(firsts, index, dims, K)
         state_, factor = as_operand(state * decay[None, :], DTYPE)
         out = tl.dot(state_, tl.trans(q_), input_precision=PRECISION) * factor
         p_, factor = as_operand(p_, DTYPE)
@@ -361,7 +431,7 @@ def sweep_kernel(
             out += tl.dot(v_, p_, input_precision=PRECISION) * factor
         else:
             out = tl.dot(v_, p_, acc=out, input_precision=PRECISION)
-        state = decayed_state(state, totals, log_totals, index, dims, 1, K, SCALAR, EXACT)
+        state = decayed_state(state, totals, log_totals, index, dims, 1, K, EXACT)
         state = tl.dot(v_, k_, acc=state, input_precision=PRECISION)
         at, step = token_walk(start, length, o_token, REVERSE)
         o_at = o + (row * T + at) * o_token + head * V
@@ -376,7 +446,7 @@ def sweep_kernel(
 def states_kernel(
     a, b, firsts, totals, log_totals, initial, entry, states, final, decays, table, first_unit, b_batch,
     b_token, b_head, T, CHUNKS, M, SEGMENTS, N, H, G, scale, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SCALAR: tl.constexpr, ENDS: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, ENDS: tl.constexpr,
     FINAL: tl.constexpr, GRADIENT: tl.constexpr, INITIAL: tl.constexpr, CARRIED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr, STAGES: tl.constexpr,
@@ -444,14 +514,14 @@ def states_kernel(
         live = (rows[:, None] < length) & (values[None, :] < V)
         b_ = tl.load(b_at + values[None, :], mask=live, other=0.0).to(DTYPE)
         index = chunk * gates + gate
-        state = decayed_state(state, totals, log_totals, index, dims, 0, K, SCALAR, EXACT)
+        state = decayed_state(state, totals, log_totals, index, dims, 0, K, EXACT)
         if GRADIENT:
-            decay = load_vector(firsts, index, dims, K, SCALAR) * scale
+            decay = load_vector(firsts, index, dims, K) * scale
             state += tl.dot(a_, b_, input_precision=PRECISION) * decay[:, None]
         else:
             state = tl.dot(a_, b_, acc=state, input_precision=PRECISION)
         if ENDS:
-            decayed += load_vector(log_totals, index, dims, K, SCALAR)
+            decayed += load_vector(log_totals, index, dims, K)
         if FINAL and ends:
             reached = final + (sequence * H + head) * (K * V) + offsets
             tl.store(reached, state, mask=inside)

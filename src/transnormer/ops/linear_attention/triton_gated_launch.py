@@ -1,4 +1,4 @@
-"""Launches of the kernels for gates: what the ops of ``gated_decay`` do."""
+"""Launches of the kernels for key gates: what the ops of ``gated_decay`` do."""
 
 from typing import Any, NamedTuple
 
@@ -12,13 +12,14 @@ from transnormer.ops.linear_attention.launch_config import Tiles
 from transnormer.ops.linear_attention.triton_gated import (
     carry_walks_kernel,
     gates_kernel,
+    level_kernel,
     states_kernel,
     sweep_kernel,
 )
 from transnormer.ops.linear_attention.triton_gated_gradient import (
-    key_gradient_kernel,
     value_gradient_kernel,
 )
+from transnormer.ops.linear_attention.triton_key_gradient import key_gradient_kernel
 from transnormer.ops.linear_attention.triton_runtime import (
     CARRY_BLOCK,
     arithmetic,
@@ -40,6 +41,9 @@ class Prepared(NamedTuple):
     first: Tensor
     total: Tensor
     log_total: Tensor
+    halves: Tensor
+    near: Tensor
+    levels: Tensor
 
 
 class Call:
@@ -60,7 +64,6 @@ class Call:
         self.heads, self.kv_heads = q.shape[2], k.shape[2]
         self.groups = self.heads // self.kv_heads
         self.batch, self.seq, self.key_dim, self.value_dim = *k.shape[:2], k.shape[3], v.shape[3]
-        self.scalar = gates.dim() == 3
         gpu = gpu_of(k.device)
         self.tiles = launch_config.gated_tiles(self.key_dim, self.value_dim, self.dtype, gpu)
         self.chunks = chunks_of(k, self.tiles.chunk, cu_seqlens)
@@ -76,7 +79,9 @@ class Call:
         exact = arithmetic(q.dtype)
         self.exact = exact
         self.arithmetic = {name: exact[name] for name in ("DTYPE", "PRECISION")}
-        self.gating = {"SCALAR": self.scalar, "PARTS": 1 if self.dtype == torch.bfloat16 else 2}
+        narrow = self.dtype == torch.bfloat16
+        # The range of a float16, or the digits of a float32 sum, allow less.
+        self.gating = {"PARTS": 1 if narrow else 2, "LIMIT": 60.0 if narrow else 8.0}
         self.forms = {
             "K": self.key_dim, "C": self.tiles.chunk, "PACKED": self.packed, "REVERSE": reverse,
         }  # fmt: skip
@@ -94,30 +99,38 @@ class Call:
         """Scores, decayed tokens and decays of all chunks."""
         q, k, g, tiles = self.q, self.k, self.gates, self.tiles.gates
         count, chunk, heads = self.chunks.count, tiles.chunk, self.kv_heads
-        width = 1 if self.scalar else self.key_dim
         made = Prepared(
             scores=self.empty(count, self.heads, chunk, chunk, dtype=self.wide),
             entering=self.empty(count, self.heads, chunk, self.key_dim, dtype=self.dtype),
             leaving=self.empty(count, heads, chunk, self.key_dim, dtype=self.dtype),
-            first=self.empty(count, heads, width, dtype=torch.float32),
-            total=self.empty(count, heads, width, dtype=torch.float32),
-            log_total=self.empty(count, heads, width, dtype=torch.float32),
+            first=self.empty(count, heads, self.key_dim, dtype=torch.float32),
+            total=self.empty(count, heads, self.key_dim, dtype=torch.float32),
+            log_total=self.empty(count, heads, self.key_dim, dtype=torch.float32),
+            halves=self.empty(count, heads, 2, self.key_dim, dtype=torch.float32),
+            near=self.empty(count, heads, dtype=torch.int32),
+            levels=self.empty(count, heads, -(-self.key_dim // tiles.key_block), dtype=torch.int32),
         )
+        shapes = (
+            self.table, *q.stride()[:3], *k.stride()[:3], *g.stride()[:3], self.seq,
+            self.chunks.row, self.heads, self.groups,
+        )  # fmt: skip
+        forms = {"BK": tiles.key_block, "num_warps": tiles.warps, "num_stages": tiles.stages}
+        forms |= self.gating | self.forms | self.arithmetic
+        programs = count * self.heads
+        launch(gates_kernel, programs, q, k, g, self.ones, *made[:-1], *shapes, **forms)
         launch(
-            gates_kernel, count * self.heads, q, k, g, self.ones, *made, self.table, *q.stride()[:3],
-            *k.stride()[:3], *g.stride()[:3], self.seq, self.chunks.row, self.heads, self.groups,
-            LEVELS=self.levels, **self.gating, BK=tiles.key_block, num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            **self.forms, **self.arithmetic,
+            level_kernel, programs, q, k, g, self.ones, made.scores, made.near, made.levels,
+            *shapes, LEVELS=self.levels, **forms,
         )  # fmt: skip
         return made
 
     def walks(self, tiles: Tiles, heads: int, *, whole_keys: bool) -> Walks:
         """Walks of a sweep with such tiles."""
-        pieces = 1 if whole_keys else -(-self.key_dim // tiles.key_block)
-        return walks_of(
-            self.k, self.chunks, heads * pieces * -(-self.value_dim // tiles.value_block)
-        )
+        slices = -(-self.value_dim // tiles.value_block)
+        if whole_keys:
+            return walks_of(self.k, self.chunks, heads * slices)
+        programs = heads * slices * -(-self.key_dim // tiles.key_block)
+        return walks_of(self.k, self.chunks, -(-programs // launch_config.STATE_PROGRAMS))
 
     def states(
         self, made: Prepared, initial: Tensor | None, entry: Tensor | None, walks: Walks,
@@ -141,7 +154,7 @@ class Call:
             states_kernel, walks.count * heads * slices, a, b, made.first, made.total, made.log_total,
             initial, entry, states, final, decays, self.table, self.first_unit, *b.stride()[:3],
             *self.cut(walks), heads, groups, self.scale, V=self.value_dim, BD=tiles.key_block,
-            BE=tiles.value_block, SCALAR=self.scalar, ENDS=ends,
+            BE=tiles.value_block, ENDS=ends,
             FINAL=final is not None, GRADIENT=do is not None, INITIAL=initial is not None,
             CARRIED=entry is not None, STAGES=tiles.stages, num_warps=tiles.warps, **self.forms,
             **self.exact,
@@ -210,7 +223,7 @@ def forward(
             made.scores, v, made.first, made.total, made.log_total, initial_state, entry, o, final,
             call.table, call.first_unit, *v.stride()[:3], *call.cut(walks), call.heads, call.groups,
             scale, V=call.value_dim, BD=tiles.key_block, BE=tiles.value_block,
-            SCALAR=call.scalar, INITIAL=initial_state is not None,
+            INITIAL=initial_state is not None,
             CARRIED=entry is not None, STAGES=tiles.stages, num_warps=tiles.warps, **call.forms,
             **call.exact,
         )  # fmt: skip
@@ -247,10 +260,7 @@ def backward(
         dv, d_scores = _value_gradient(call, made, do, out_states)
         dq, dk, dg = _key_gradient(call, made, do, d_scores, states, out_states, with_decay)
     dk, dv = sum_groups(dk, 2, call.kv_heads), sum_groups(dv, 2, call.kv_heads)
-    if dg is None:
-        dg = q.new_empty(0)
-    else:
-        dg = sum_groups(dg.sum(-1) if call.scalar else dg, 2, call.kv_heads).to(log_decay.dtype)
+    dg = q.new_empty(0) if dg is None else sum_groups(dg, 2, call.kv_heads).to(log_decay.dtype)
     if d_initial is None:
         d_initial = q.new_empty(0, dtype=torch.float32)
     else:
@@ -284,18 +294,24 @@ def _key_gradient(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, and for each query head of k and log_decay (None where not asked for)."""
     q, k, v, g, tiles = call.q, call.k, call.v, call.gates, call.tiles.keys
-    blocks = -(-call.key_dim // tiles.key_block)
     dq, dk = (q.new_empty(*q.shape[:3], call.key_dim) for _ in range(2))
     dg: Any = None
     if with_decay:
-        dims = blocks if call.scalar else call.key_dim
-        dg = q.new_empty(*q.shape[:3], dims, dtype=torch.float32)
-    launch(
-        key_gradient_kernel, call.chunks.count * call.heads * blocks, q, k, v, do, g, call.ones,
-        made.first, made.scores, d_scores, states, out_states, dq, dk, dg, call.table, *q.stride()[:3],
+        dg = q.new_empty(*q.shape[:3], call.key_dim, dtype=torch.float32)
+    made_of = (d_scores, states, out_states, dq, dk, dg, call.table, *q.stride()[:3])
+    shapes = (
         *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *g.stride()[:3], call.seq,
-        call.chunks.row, call.heads, call.groups, call.scale, V=call.value_dim, LEVELS=call.levels,
-        BK=tiles.key_block, BV=tiles.value_block, **call.gating, WITH_DECAY=with_decay,
-        num_warps=tiles.warps, num_stages=tiles.stages, **call.forms, **call.arithmetic,
+        call.chunks.row, call.heads, call.groups, call.scale,
     )  # fmt: skip
+    forms = {"V": call.value_dim, "LEVELS": call.levels, "WITH_DECAY": with_decay}
+    forms |= call.forms | call.arithmetic
+    for near in (True, False):
+        own = tiles if near else call.tiles.levels
+        blocks = -(-call.key_dim // own.key_block)
+        launch(
+            key_gradient_kernel, call.chunks.count * call.heads * blocks, q, k, v, do, g, call.ones,
+            made.first, made.halves, made.near, made.levels, *made_of, *shapes, BK=own.key_block, BV=own.value_block,
+            BN=call.tiles.gates.key_block, NEAR=near, PARTS=call.gating["PARTS"],
+            num_warps=own.warps, num_stages=own.stages, **forms,
+        )  # fmt: skip
     return dq, dk, dg

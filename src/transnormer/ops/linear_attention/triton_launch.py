@@ -1,7 +1,9 @@
-"""Launches of the constant-decay kernels: what the ops of ``constant_decay`` do.
+"""Launches of the kernels for constant decay and scalar gates: what ``constant_decay``'s ops do.
 
 Legend: U units (segments of all sequences).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from transnormer.ops.linear_attention.triton_runtime import (
     sum_groups,
     walkable,
 )
+from transnormer.ops.linear_attention.triton_scalar import gate_sums_kernel
 from transnormer.ops.linear_attention.triton_units import unit_table
 
 
@@ -40,8 +43,9 @@ class Call:
         cu_seqlens: Tensor | None,
         scale: float,
         reverse: bool,
+        backward: bool = False,
     ) -> None:
-        self.q, self.k, self.v, self.log_decay, self.cu_seqlens = q, k, v, log_decay, cu_seqlens
+        self.q, self.k, self.v, self.cu_seqlens = q, k, v, cu_seqlens
         self.scale, self.reverse, self.dtype = scale, reverse, q.dtype
         self.heads, self.kv_heads = q.shape[2], k.shape[2]
         self.groups = self.heads // self.kv_heads
@@ -53,6 +57,36 @@ class Call:
             self.sequences = cu_seqlens.shape[0] - 1
             self.table, self.first_unit = unit_table(cu_seqlens, self.seq, self.plan.length)
         self.arithmetic = arithmetic(q.dtype)
+        self.gated, self.chunk = log_decay is not None and log_decay.dim() == 3, 0
+        self.decay: dict[str, Any] = {
+            "DECAY": "none" if log_decay is None else "constant",
+            "PARTS": 1,
+        }
+        if self.gated:
+            self.decay = {"DECAY": "gates", "PARTS": 1 if self.dtype == torch.bfloat16 else 2}
+            dims = (self.key_dim, self.value_dim)
+            cuts = [self.sweep_tiles(*dims, backward=backward).chunk]
+            if backward:
+                cuts.append(self.sweep_tiles(*dims[::-1], backward=True).chunk)
+            # Sums of gates are the same in all sweeps.
+            self.chunk = min(cuts)
+            log_decay = self._gate_sums(log_decay)
+        # What the kernels read: one number a head, or the sums of gates.
+        self.log_decay = block(log_decay)
+
+    def _gate_sums(self, gates: Tensor) -> Tensor:
+        """Sums of gates over the chunks of units, float32 [batch, kv_heads, seq, parts]."""
+        chunk, parts = self.chunk, self.decay["PARTS"]
+        shape = (gates.shape[0], self.kv_heads, self.seq, parts)
+        sums = torch.empty(shape, dtype=torch.float32, device=gates.device)
+        heads = min(launch_config.block_of(self.kv_heads, 1), 32)
+        chunks = -(-self.plan.length // chunk)
+        launch(
+            gate_sums_kernel, self.plan.units * chunks * -(-self.kv_heads // heads), gates, sums,
+            self.table, *gates.stride(), *self.cut, self.kv_heads, chunks, C=chunk, BH=heads,
+            PARTS=parts, PACKED=self.packed, REVERSE=self.reverse,
+        )  # fmt: skip
+        return sums
 
     @property
     def cut(self) -> tuple[int, int, int]:
@@ -62,14 +96,30 @@ class Call:
     def sweep_tiles(self, key_dim: int, value_dim: int, *, backward: bool = False) -> Tiles:
         """Tiles of a sweep with these dims."""
         rows = self.plan.units * self.heads
-        return launch_config.sweep_tiles(
-            key_dim, value_dim, self.dtype, rows, self.gpu, backward=backward
+        tiles = launch_config.sweep_tiles(
+            key_dim, value_dim, self.dtype, rows, self.gpu, backward=backward, gated=self.gated
         )
+        return tiles._replace(chunk=self.chunk) if self.chunk else tiles
 
     def empty_states(self, heads: int) -> Tensor:
         """One state a sequence and head, float32, not filled."""
         shape = (self.sequences, heads, self.key_dim, self.value_dim)
         return torch.empty(shape, dtype=torch.float32, device=self.k.device)
+
+    def empty_shares(self) -> Tensor:
+        """Shares of the gates' gradient, [batch, heads, slices, seq]."""
+        tiles = self.sweep_tiles(self.value_dim, self.key_dim, backward=True)
+        slices = -(-self.key_dim // tiles.value_block)
+        shape = (self.k.shape[0], self.heads, slices, self.seq)
+        return torch.empty(shape, dtype=torch.float32, device=self.k.device)
+
+    def empty_chunk_states(self) -> Tensor:
+        """One state a chunk and query head; chunk n of a unit follows all before its token."""
+        chunks = self.k.shape[0] * self.seq // self.chunk + self.plan.units
+        # A float16 does not hold every state.
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        shape = (chunks, self.heads, self.key_dim, self.value_dim)
+        return torch.empty(shape, dtype=dtype, device=self.k.device)
 
     def states(self, initial: Tensor | None) -> Tensor | None:
         """States that enter the units, [U, kv_heads, key_dim, value_dim]; None if nothing carries."""
@@ -93,21 +143,26 @@ class Call:
         added = states.new_empty(self.plan.units * pieces, *shape)
         cut = self.seq, self.plan.length // pieces, self.plan.segments * pieces
         tiles = launch_config.local_state_tiles(k.shape[3], v.shape[3], self.dtype)
+        decays = None
+        if self.gated:
+            # Sums of gates are those of the sweeps' chunks.
+            tiles = tiles._replace(chunk=self.chunk)
+            decays = states.new_empty(added.shape[:2])
         forms = {
             "PIECES": pieces, "K": k.shape[3], "V": v.shape[3], "PACKED": self.packed,
-            "CONSTANT": self.log_decay is not None, "REVERSE": self.reverse != against,
+            "DECAY": self.decay["DECAY"], "REVERSE": self.reverse != against,
         }  # fmt: skip
         launch(
             local_state_kernel, added.shape[0] * heads * -(-v.shape[3] // tiles.value_block),
-            k, v, self.log_decay, added, self.table, *k.stride()[:3], *v.stride()[:3], *cut, heads,
-            groups, scale, C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
+            k, v, self.log_decay, added, decays, self.table, *k.stride()[:3], *v.stride()[:3], *cut,
+            heads, groups, scale, PARTS=self.decay["PARTS"], C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
             SHIFT=int(against), STAGES=tiles.stages, num_warps=tiles.warps, **forms,
             **self.arithmetic,
         )  # fmt: skip
         launch(
             carry_kernel, self.sequences * heads * -(-k.shape[3] * v.shape[3] // CARRY_BLOCK),
-            added, states, initial, self.log_decay, self.first_unit, self.table, *cut, heads,
-            groups, groups if against else 1, BLOCK=CARRY_BLOCK, INITIAL=initial is not None,
+            added, states, initial, self.log_decay, decays, self.first_unit, self.table, *cut,
+            heads, groups, groups if against else 1, BLOCK=CARRY_BLOCK, INITIAL=initial is not None,
             **forms,
         )  # fmt: skip
         return states
@@ -132,8 +187,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final states."""
     q, k, v = walkable(q), walkable(k), walkable(v)
-    log_decay, initial_state = block(log_decay), block(initial_state)
-    cu_seqlens = block(cu_seqlens)
+    initial_state, cu_seqlens = block(initial_state), block(cu_seqlens)
     with device_of(q):
         call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
         entry, kind = entry_of(call.states(initial_state), initial_state)
@@ -143,11 +197,11 @@ def forward(
         launch(
             forward_kernel,
             call.plan.units * call.heads * -(-call.value_dim // tiles.value_block),
-            q, k, v, log_decay, entry, o, final, call.table,
+            q, k, v, call.log_decay, entry, o, final, call.table,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *call.cut, call.heads, call.groups,
             scale, K=call.key_dim, V=call.value_dim, C=tiles.chunk, BD=tiles.key_block,
-            BE=tiles.value_block, ENTRY=kind, CONSTANT=log_decay is not None, PACKED=call.packed,
-            REVERSE=reverse, STAGES=tiles.stages, num_warps=tiles.warps, **call.arithmetic,
+            BE=tiles.value_block, ENTRY=kind, PACKED=call.packed, REVERSE=reverse, STAGES=tiles.stages,
+            num_warps=tiles.warps, **call.decay, **call.arithmetic,
         )  # fmt: skip
     return o, final
 
@@ -168,20 +222,24 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and initial_state (the last two empty where not asked for)."""
     q, k, v, do = walkable(q), walkable(k), walkable(v), walkable(do)
-    log_decay, initial_state = block(log_decay), block(initial_state)
-    cu_seqlens = block(cu_seqlens)
-    d_final = block(d_final)
+    initial_state, cu_seqlens, d_final = block(initial_state), block(cu_seqlens), block(d_final)
     with device_of(q):
-        call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
+        call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse, backward=True)
         entry = entry_of(call.states(initial_state), initial_state)
         grad_entry = entry_of(call.grad_states(do, d_final), d_final)
         d_initial = q.new_empty(0, dtype=torch.float32)
         if with_initial:
             d_initial = call.empty_states(call.heads)
-        dq, dk, dv = _sweeps(call, do, entry, grad_entry, d_initial, with_initial)
+        with_decay = with_decay and log_decay is not None
+        d_gates = call.empty_shares() if call.gated and with_decay else None
+        dq, dk, dv = _sweeps(call, do, entry, grad_entry, d_initial, with_initial, d_gates)
         d_decay = q.new_empty(0)
         if with_decay and log_decay is not None:
-            d_decay = decay_gradient(call, log_decay, do, entry, grad_entry)
+            if d_gates is None:
+                d_decay = decay_gradient(call, log_decay, do, entry, grad_entry)
+            else:
+                d_decay = d_gates.unflatten(1, (call.kv_heads, call.groups)).sum((2, 3)).mT
+                d_decay = d_decay.to(log_decay.dtype).contiguous()
     dk, dv = sum_groups(dk, 2, call.kv_heads), sum_groups(dv, 2, call.kv_heads)
     if with_initial:
         d_initial = sum_groups(d_initial, 1, call.kv_heads)
@@ -195,26 +253,31 @@ def _sweeps(
     grad_entry: tuple[Tensor | None, str],
     d_initial: Tensor,
     with_initial: bool,
+    d_gates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, the last two for each query head; fills d_initial."""
-    q, k, v, log_decay = call.q, call.k, call.v, call.log_decay
+    """Gradients of q, k and v, the last two for each query head; fills d_initial and d_gates."""
+    q, k, v = call.q, call.k, call.v
     rows, key_dim, value_dim = q.shape[:3], call.key_dim, call.value_dim
     dq, dk, dv = (q.new_empty(*rows, dim) for dim in (key_dim, key_dim, value_dim))
-    # One launch where the sweeps have the same shape.
+    states = None if d_gates is None else call.empty_chunk_states()
+    # One launch where the sweeps have the same shape; with gates, q's comes after k's.
     launches = ((0, 3),) if key_dim == value_dim else ((0, 2), (2, 1))
+    if call.gated:
+        launches = ((1, 2), (0, 1)) if key_dim == value_dim else ((2, 1), (1, 1), (0, 1))
     for first, count in launches:
         dims = (key_dim, value_dim) if first == 2 else (value_dim, key_dim)
         tiles = call.sweep_tiles(*dims, backward=True)
         programs = count * call.plan.units * call.heads * -(-dims[1] // tiles.value_block)
         launch(
             backward_kernel, programs,
-            q, k, v, do, log_decay, entry[0], grad_entry[0], dq, dk, dv, d_initial, call.table,
+            q, k, v, do, call.log_decay, entry[0], grad_entry[0], dq, dk, dv, d_initial, d_gates,
+            states, call.table,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *call.cut,
             call.heads, call.groups, call.scale, K=key_dim, V=value_dim, FIRST=first, COUNT=count,
             D=dims[0], E=dims[1], C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
             ENTRY=entry[1], GRAD_ENTRY=grad_entry[1], D_INITIAL=with_initial and first + count == 3,
-            CONSTANT=log_decay is not None, PACKED=call.packed, REVERSE=call.reverse,
-            STAGES=tiles.stages, num_warps=tiles.warps, **call.arithmetic,
+            D_GATES=d_gates is not None and first < 2, PACKED=call.packed, REVERSE=call.reverse,
+            STAGES=tiles.stages, num_warps=tiles.warps, **call.decay, **call.arithmetic,
         )  # fmt: skip
     return dq, dk, dv
 

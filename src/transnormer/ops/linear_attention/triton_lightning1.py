@@ -29,16 +29,14 @@ sizes. Positions count from a sequence's first token in the order of the walk.
 import triton
 import triton.language as tl
 
-from transnormer.ops.linear_attention.triton_constant import (
+from transnormer.ops.linear_attention.triton_arithmetic import (
     add_to_state,
     decay_state,
-    load_decay,
-    load_state,
     load_tile,
     power,
     split_decay,
-    store_state,
 )
+from transnormer.ops.linear_attention.triton_constant import load_decay, load_state, store_state
 from transnormer.ops.linear_attention.triton_units import find_unit, load_bounds
 
 

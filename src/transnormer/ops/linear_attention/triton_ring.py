@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from transnormer.ops.linear_attention.launch_config import block_of
-from transnormer.ops.linear_attention.triton_constant import power, split_decay
+from transnormer.ops.linear_attention.triton_arithmetic import power, split_decay
 from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 from transnormer.ops.linear_attention.triton_step import (
     Configuration,

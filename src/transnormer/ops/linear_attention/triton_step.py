@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from transnormer.ops.linear_attention.launch_config import block_of
-from transnormer.ops.linear_attention.triton_constant import split_decay
+from transnormer.ops.linear_attention.triton_arithmetic import split_decay
 from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 
 NO_DECAY, CONSTANT, PER_TOKEN, PER_KEY = range(4)
