@@ -265,6 +265,15 @@ def test_dry_run_of_the_correctness_grid(tmp_path: Path) -> None:
     assert "| ours | o | bf16 |" in output.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def test_dry_run_of_decode_gpu(tmp_path: Path) -> None:
+    options = ["--models", "tnl-7b", "--batches", "1", "256", "--modes", "ring", "--steps", "2"]
+    result = run_dry("decode_gpu.py", tmp_path / "decode.json", *options)
+    rows = result["models"]["tnl-7b"]["decode"]
+    assert [row["context"] for row in rows] == [1024, 1024, 131_072, 131_072]
+    assert all(row["share_of_limit"] > 0 for row in rows)
+    assert {"tnl-7b batch 256 ring", "tnl-7b prefill", "tnl-7b ragged"} <= set(result["verdicts"])
+
+
 def test_a_failure_of_ours_ends_with_an_exit_code(tmp_path: Path) -> None:
     output = tmp_path / "op.json"
     command = [sys.executable, str(BENCHMARKS / "op_gpu.py"), "--device", "cpu"]

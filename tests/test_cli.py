@@ -312,7 +312,7 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "unknown size": ([*SET, "model.name=tnl-1z"], 2, "model"),
     "sequence of length 0": ([*SET, "data.seq=0"], 2, "data.seq is 0"),
     "unknown optimizer": ([*SET, "optimizer.name=sgdd"], 2, "optimizer.name is 'sgdd'"),
-    "several devices": ([*SET, "parallel.tp=2"], 2, "parallel.tp is 2; expected 1"),
+    "several devices": ([*SET, "parallel.tp=2"], 2, "tp 2, 2 ranks; expected as many as the 1 "),
     "missing corpus": ([*SET, "data.path=absent.txt"], 2, "absent.txt"),
     "empty corpus": ([*SET, "data.path=empty.txt"], 2, "empty.txt"),
     "short corpus": ([*SET, "data.path=short.txt"], 2, "data.seq"),
@@ -355,7 +355,6 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "eval of nothing": (["eval", "run", "--text", "absent.txt"], 2, "absent.txt"),
     "eval of an empty text": (["eval", "run", "--text", "empty.txt"], 2, "empty.txt"),
     "eval without a text": (["eval", "run"], 2, "Missing option '--text'"),
-    "convert to hf": (["convert", "run", "out", "--to", "hf"], 2, "--to is 'hf'"),
     "convert to another": (["convert", "run", "out", "--to", "onnx"], 2, "--to is 'onnx'"),
     "convert onto a run": (["convert", "run", "run", "--to", "released"], 2, "run holds"),
     "convert what cannot be": (

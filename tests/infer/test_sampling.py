@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from transnormer.config import validate
-from transnormer.infer.sampling import Draws, SamplingConfig, sample
+from transnormer.infer.sampling import (
+    Draws,
+    SamplingConfig,
+    TokenHistory,
+    sample,
+    token_logprobs,
+)
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0, 2.5]])
 
@@ -79,6 +85,13 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
         ({"top_k": 2.5}, "top_k is 2.5; expected an integer"),
         ({"top_p": 0.0}, "top_p is 0.0; expected 0 < top_p <= 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": 0.0}, "min_p is 0.0; expected 0 < min_p <= 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected a finite number above"),
+        ({"presence_penalty": math.nan}, "presence_penalty is nan; expected a finite number"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty is inf; expected a finite number"),
+        ({"logit_bias": [[-1, 1.0]]}, "logit_bias names the token -1; expected at least 0"),
+        ({"logit_bias": [[1, math.nan]]}, "logit_bias of token 1 is nan; expected a finite"),
+        ({"logit_bias": [[1, math.inf]]}, "logit_bias of token 1 is inf; expected a finite"),
     ],
 )
 def test_values_out_of_range_are_one_line(values: dict[str, object], message: str) -> None:
@@ -107,3 +120,59 @@ def test_a_row_that_rests_draws_on_where_it_was() -> None:
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=r"seed is .*; expected 0 <= seed < 2\^64"):
         Draws(seed, 1)
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.5, [1, 4]), (0.9, [4]), (0.1, [1, 2, 4])])
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(min_p: float, kept: list[int]) -> None:
+    expected = torch.zeros(5, dtype=torch.float64)
+    expected[kept] = LOGITS[0, kept].double().softmax(0)
+    assert (drawn(SamplingConfig(min_p=min_p)) - expected).abs().max() <= 1 / 4000
+
+
+def test_a_row_is_drawn_by_its_own_configuration() -> None:
+    configs = [
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(),
+        SamplingConfig(top_k=3),
+        SamplingConfig(top_k=7, top_p=0.7),
+        SamplingConfig(top_p=0.6, temperature=2.0),
+        SamplingConfig(min_p=0.2),
+        SamplingConfig(top_k=2, min_p=0.3),
+    ]
+    logits, uniforms = torch.randn(7, 50), torch.rand(7, dtype=torch.float64)
+    together = sample(logits, configs, uniforms)
+    for row, config in enumerate(configs):
+        part = slice(row, row + 1)
+        assert together[row] == sample(logits[part], config, uniforms[part])[0]
+
+
+def test_penalties_and_bias_are_their_formulas() -> None:
+    history = TokenHistory([0, 3])
+    for token in (1, 1, 3):
+        history.add(token)
+    logits = torch.tensor([2.0, 3.0, 1.0, -4.0, 0.5])
+    config = SamplingConfig(
+        repetition_penalty=2.0,
+        presence_penalty=0.25,
+        frequency_penalty=0.5,
+        logit_bias=((2, 1.5), (4, -math.inf)),
+    )
+    expected = [1.0, 1.5 - 0.25 - 1.0, 2.5, -8.0 - 0.25 - 0.5, -math.inf]
+    assert history.adjust(logits, config).tolist() == expected
+    assert logits.tolist() == [2.0, 3.0, 1.0, -4.0, 0.5]
+    assert config.adjusts
+    assert not SamplingConfig(temperature=0.3, top_k=2, min_p=0.5).adjusts
+
+
+def test_without_a_history_penalties_change_nothing() -> None:
+    config = SamplingConfig(repetition_penalty=2.0, presence_penalty=1.0)
+    assert torch.equal(TokenHistory().adjust(LOGITS[0], config), LOGITS[0])
+
+
+def test_log_probabilities_are_those_of_the_logits() -> None:
+    entry = token_logprobs(LOGITS[0].bfloat16(), 2, 3)
+    exact = LOGITS[0].double().log_softmax(0)
+    assert entry.logprob == pytest.approx(exact[2].item(), abs=1e-6)
+    assert [token for token, _ in entry.top] == [4, 1, 2]
+    assert [value for _, value in entry.top] == pytest.approx(exact[[4, 1, 2]].tolist(), abs=1e-6)
+    assert token_logprobs(LOGITS[0], 0, 0).top == ()

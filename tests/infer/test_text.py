@@ -8,8 +8,9 @@ from decoder_cases import make_model, tnl_config
 from torch import Tensor
 
 from transnormer.data import ByteTokenizer
+from transnormer.infer.engine import Engine
 from transnormer.infer.generate import generate
-from transnormer.infer.text import TextStream, begin_id
+from transnormer.infer.text import StopText, TextStream, begin_id
 
 
 class Spoken:
@@ -97,3 +98,20 @@ def test_only_ids_that_the_tokenizer_has_are_drawn(temperature: float) -> None:
     text = "".join(TextStream(generation, tokenizer))
     assert len(generation.token_ids[0]) == 50
     assert text == tokenizer.decode(generation.token_ids[0])
+
+
+def test_a_stop_string_ends_a_request_of_the_engine() -> None:
+    model = make_model(tnl_config(vocab_size=257))
+    tokenizer = ByteTokenizer()
+    engine = Engine(model, draw_below=tokenizer.vocab_size)
+    free = engine.submit([1, 2], max_new_tokens=60, seed=1)
+    whole = StopText(tokenizer)
+    text = "".join(whole.push(token) for token in free.result()) + whole.finish()
+    stop = text[20:23]
+    until = StopText(tokenizer, [stop])
+    request = engine.submit([1, 2], max_new_tokens=60, seed=1, until=until)
+    request.result()
+    assert request.finish_reason == "stop"
+    assert len(request.token_ids) < 60
+    assert "".join(until.pieces) + until.finish() == text[: text.index(stop)]
+    assert until.push(65) == ""

@@ -9,8 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transnormer.models import zoo
 from transnormer.models.cost import ModelCost
-from transnormer.models.decoder import Decoder, DecoderConfig
+from transnormer.models.decoder import BlockConfig, Decoder, DecoderConfig
+from transnormer.models.flop_formulas import flop_formulas
 from transnormer.nn.state import state_bytes
+from transnormer.nn.token_mixers import LightningConfig, RetentionConfig
+from transnormer.ops.linear_attention import chunked
 
 # Shen et al. 2024 (arXiv:2406.16690), table 7: PFLOPs of a training step at a length of 8,192.
 PFLOPS_PER_STEP = {
@@ -144,3 +147,42 @@ def test_mixing_follows_the_published_formulas(size: str) -> None:
 def test_a_context_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="context is 0; expected at least 1"):
         in_float32(tnl_config()).flops(0)
+
+
+def counted(config: DecoderConfig, batch: int, seq: int, *, training: bool) -> int:
+    """Operations of a loss, and of its backward pass, with the formulas of the package's ops."""
+    model = Decoder(config).requires_grad_(training)
+    ids = torch.zeros(batch, seq, dtype=torch.int64)
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        loss = model.loss(ids, ids)
+        if training:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["tnl", "retnet", "hgrn2", "lightnet"])
+def test_a_training_step_is_counted_whole(family: str) -> None:
+    # One block of each: a Toeplitz encoding, which is not an op of this kind, is left out.
+    small = zoo.get(f"small-{family}", vocab_size=61)
+    block = next(b for b in small.blocks if b.token_mixer.kind != "tpe")
+    config = small.model_copy(update={"blocks": (block,)})
+    tokens = 2 * 300
+    flops = in_float32(config).flops(300)
+    assert counted(config, 2, 300, training=False) == tokens * flops.total
+    # The backward pass makes the logits once more; of the rest it is two products for each one.
+    found = counted(config, 2, 300, training=True)
+    assert found == tokens * (3 * flops.total + flops.head)
+
+
+@pytest.mark.parametrize("kind", [LightningConfig, RetentionConfig])
+def test_the_formula_of_attention_is_what_the_plain_form_does(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Opened, its products can be counted. Its chunks of 64 tokens are the formula's blocks here.
+    monkeypatch.setattr(chunked, "_chunked", chunked._chunked._init_fn)
+    block = BlockConfig(token_mixer=kind(heads=2), channel_mixer=None)
+    config = DecoderConfig(vocab_size=8, model_dim=128, blocks=(block,))
+    flops, model = in_float32(config).flops(256), Decoder(config).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model.hidden(torch.zeros(1, 256, dtype=torch.int64))
+    assert counter.get_total_flops() == 256 * flops.blocks

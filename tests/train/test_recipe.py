@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import train_cases
 
 from transnormer.config import validate
+from transnormer.models import checkpoint
 from transnormer.models.decoder import Decoder
 from transnormer.train import RunConfig, read_run, run_training
 
@@ -115,16 +117,44 @@ def test_blocks_that_cannot_be_built_are_named_before_anything_is_read(tmp_path:
 
 
 @pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "sp", "tp"])
-def test_more_than_one_device_is_refused(make_config: MakeConfig, axis: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"parallel.{axis} is 2; expected 1"):
+def test_more_ranks_than_processes_are_refused(make_config: MakeConfig, axis: str) -> None:
+    with pytest.raises(ValueError, match="2 ranks; expected as many as the 1 processes"):
         run_training(make_config(f"parallel.{axis}=2"))
 
 
-def test_several_processes_are_refused(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["guard.action=rollback"], "guard.action is 'rollback'"),
+        (["train.segment_tokens=4"], "train.segment_tokens is 4"),
+        (["train.compile=true", "parallel.sp=2"], "train.compile is True"),
+        (["optimizer.name=muon"], "optimizer.name is 'muon'"),
+        (["objective.kind=masked", "model.causal=false"], "objective.kind is 'masked'"),
+    ],
+)
+def test_what_one_process_alone_can_do_is_refused(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    message: str,
 ) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(NotImplementedError, match="the launcher started 2 processes; expected 1"):
-        run_training(make_config())
+    with pytest.raises(NotImplementedError, match=message):
+        run_training(make_config(*overrides))
     assert not Path(make_config().output.dir).exists()
+
+
+def test_width_transfer_starts_from_its_own_values(make_config: MakeConfig, tmp_path: Path) -> None:
+    untied = ("model.tie_embeddings=false", "train.steps=1", "optimizer.lr=1e-30")
+    plain = run_training(make_config(*untied, f"output.dir={tmp_path / 'plain'}"))
+    config = make_config(*untied, "optimizer.base_dim=8", f"output.dir={tmp_path / 'scaled'}")
+    scaled = checkpoint.load(run_training(config).run_dir)
+    head = checkpoint.load(plain.run_dir).lm_head.weight / 4
+    assert torch.equal(scaled.lm_head.weight, head)
+    with pytest.raises(ValueError, match="base_dim is 8 and tie_embeddings true"):
+        run_training(make_config("optimizer.base_dim=8"))
+    data = make_config().model_dump()
+    data["model"], data["optimizer"]["base_dim"] = {"init_from": str(plain.run_dir)}, 8
+    with pytest.raises(ValueError, match="optimizer.base_dim is 8 beside model.init_from"):
+        RunConfig.model_validate(data)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from train_cases import Notes, constant_evaluation, files_limited_to
 
+from transnormer.models import checkpoint
 from transnormer.train import RunConfig, StepReport, run_training
 from transnormer.train.checkpoints import find_checkpoint, list_checkpoints, what_is_wrong
 from transnormer.train.metrics import read_records
@@ -333,3 +334,20 @@ def test_two_processes_cannot_train_in_one_directory(make_config: MakeConfig) ->
 
     run_training(config, progress=(nested := Nested()))
     assert len(nested.steps) == 6
+
+
+def test_a_run_with_bfloat16_weights_and_moments_resumes_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    half = ("train.weights=bfloat16", "optimizer.states=bfloat16", "train.precision=bfloat16")
+    whole = run_training(make_config(*half, f"output.dir={tmp_path / 'whole'}")).run_dir
+    config = make_config(*half, f"output.dir={tmp_path / 'parts'}")
+    stopped = config.train.model_copy(update={"max_minutes": 1e-9})
+    assert run_training(config.model_copy(update={"train": stopped})).step == 1
+    parts = run_training(config, resume=True).run_dir
+    a, b = (checkpoint.load(run).state_dict() for run in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a["embedding.weight"].dtype == torch.bfloat16
+    assert a["blocks.0.token_mixer.lrpe.theta"].dtype == torch.float32
+    with pytest.raises(ValueError, match="train.weights is 'bfloat16'; expected 'float32' unless"):
+        make_config("train.weights=bfloat16")

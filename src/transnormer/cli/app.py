@@ -14,12 +14,15 @@ import typer
 
 from transnormer.cli import (
     INTERRUPTED,
+    bench,
     chat,
+    clean,
     common,
     convert,
     evaluate,
     generate,
     info,
+    plan,
     tokenize,
     train,
 )
@@ -68,8 +71,11 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("convert")(convert.convert)
+app.command("clean")(clean.clean)
 app.add_typer(tokenize.app, name="tokenize")
 app.command("info")(info.info)
+app.command("plan")(plan.plan)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -45,13 +45,16 @@ def train_tokenizer(
     target: Annotated[Path, typer.Argument(metavar="DST", help="New directory for the tokenizer.")],
     vocab_size: Annotated[int, typer.Option(help="Number of ids, special ones included.")] = 4096,
     heldout: HeldOut = None,
+    han: Annotated[
+        int, typer.Option(help="3755 or 6763 common Chinese characters become a token each.")
+    ] = 0,
     as_json: common.Json = False,
 ) -> None:
     """Train a byte-level BPE on the training part of a corpus."""
     from transnormer import data
 
     tokenizer = data.train_tokenizer(
-        corpus, vocab_size, target, heldout=_heldout(heldout), name=_NAME
+        corpus, vocab_size, target, heldout=_heldout(heldout), han=han, name=_NAME
     )
     if as_json:
         common.print_json(

@@ -53,11 +53,15 @@ def train(
             f"{config.objective.kind!r}: only a causal language model writes text"
         )
     from transnormer.eval.perplexity import score_texts
+    from transnormer.parallel import current_world
     from transnormer.train.trainer import run_training
 
     progress = make_progress(config.train.steps)
     with progress:
         result = run_training(config, resume=resume, evaluate=score_texts, progress=progress)
+    if current_world().rank:
+        # One process of many speaks.
+        raise typer.Exit(SIGNAL_CODES.get(result.stopped_by, 0))
     _summary(result, resume)
     facts = _facts(result)
     if sample_tokens > 0 and result.stopped_by not in SIGNAL_CODES:
@@ -134,8 +138,13 @@ def describe(report: "StepReport", steps: int) -> str:
     bits = "" if report.bits_per_byte is None else f"{report.bits_per_byte:.3f} bits per byte  "
     return (
         f"step {report.step:,}/{steps:,}  loss {report.loss:.4f}  "
-        f"{bits}{report.tokens_per_second:,.0f} tokens/s"
+        f"{bits}{report.tokens_per_second:,.0f} tokens/s{utilisation(report)}"
     )
+
+
+def utilisation(report: "StepReport") -> str:
+    """The share of the device's arithmetic that the model needed, where it is known."""
+    return "" if report.mfu is None else f"  MFU {report.mfu:.1%}"
 
 
 def describe_evaluation(report: "HeldoutReport") -> str:
@@ -213,7 +222,8 @@ class BarProgress:
             self._bar.update(self._task, completed=report.step)
             self._bar.start_task(self._task)
         bits = "" if report.bits_per_byte is None else f"{report.bits_per_byte:.3f} bits/byte  "
-        figures = f"loss {report.loss:.3f}  {bits}{report.tokens_per_second:,.0f} tokens/s"
+        rate = f"{report.tokens_per_second:,.0f} tokens/s{utilisation(report)}"
+        figures = f"loss {report.loss:.3f}  {bits}{rate}"
         self._bar.update(self._task, completed=report.step, figures=figures)
 
     def evaluation(self, report: "HeldoutReport") -> None:

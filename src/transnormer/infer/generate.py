@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from transnormer.config import validate
+from transnormer.infer.prompts import Stop, checked_prompts, checked_stops, ends_with_stop
+from transnormer.infer.reading import advance, read
 from transnormer.infer.sampling import Draws, SamplingConfig, sample
 from transnormer.models.decoder import Decoder
 from transnormer.models.state import DecoderState
@@ -16,8 +18,6 @@ from transnormer.models.state import DecoderState
 FINISHED = -1
 # A prompt is read in pieces of this many tokens, so that memory is flat in its length.
 PREFILL_TOKENS = 8192
-
-Stop = int | Sequence[int | Sequence[int]]
 
 
 def generate(
@@ -72,14 +72,14 @@ def generate(
         seed = int(torch.randint(2**62, ()))
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed is {seed!r}; expected an integer")
-    prompts = _checked_prompts(input_ids, model.config.vocab_size)
+    prompts = checked_prompts(input_ids, model.config.vocab_size)
     return Generation(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         draws=Draws(seed, len(prompts)),
-        stops=_checked_stops(stop, model),
+        stops=checked_stops(stop, model.config),
         state=state,
     )
 
@@ -158,7 +158,7 @@ class Generation:
     def _record(self, row: int, token: int) -> None:
         ids = self.token_ids[row]
         ids.append(token)
-        if any(tuple(ids[-len(stop) :]) == stop for stop in self._stops):
+        if ends_with_stop(ids, self._stops):
             self.finish_reasons[row] = "stop"
         elif len(ids) == self._max_new_tokens:
             self.finish_reasons[row] = "length"
@@ -170,7 +170,8 @@ class Generation:
         tokens = self._unread[:, None]
         real = tokens != FINISHED
         mask = None if bool(real.all()) else real
-        self._logits, self._state = self._forward(tokens.clamp(min=0), self._state, mask=mask)
+        ids = tokens.clamp(min=0)
+        self._logits, self._state = advance(self._model, ids, self._state, mask=mask)
         # Only now: an interrupt during the pass loses no token.
         self._unread = None
 
@@ -181,88 +182,7 @@ class Generation:
         if len(set(lengths)) > 1:
             packed = torch.cat(prompts)[None].to(self._device)
             bounds = torch.tensor([0, *lengths]).cumsum(0).to(self._device)
-            return self._forward(packed, state, cu_seqlens=bounds)
+            return advance(self._model, packed, state, cu_seqlens=bounds)
         ids = torch.stack(prompts).to(self._device)
-        logits: Tensor | None = None
-        for piece in ids.split(max(1, PREFILL_TOKENS // len(prompts)), dim=1):
-            logits, state = self._forward(piece, state)
-        assert logits is not None
-        assert state is not None
-        return logits, state
-
-    @torch.no_grad()
-    def _forward(
-        self,
-        input_ids: Tensor,
-        state: DecoderState | None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, DecoderState]:
-        """Logits after the last token of each row or packed sequence, [batch, vocab_size]."""
-        training = self._model.training
-        self._model.eval()
-        try:
-            output = self._model(
-                input_ids, state=state, cu_seqlens=cu_seqlens, mask=mask, logits_to_keep=1
-            )
-        finally:
-            self._model.train(training)
-        assert output.state is not None
-        logits = output.logits[0] if cu_seqlens is not None else output.logits[:, -1]
-        return logits, output.state
-
-
-def _checked_prompts(input_ids: Tensor | Sequence[Tensor], vocab_size: int) -> list[Tensor]:
-    """The prompts as int64 rows; raises ValueError or TypeError for what cannot be read."""
-    if isinstance(input_ids, Tensor):
-        if input_ids.dim() != 2:
-            raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}; expected [batch, seq]; "
-                "add a batch dim or pass a list of 1-D tensors"
-            )
-        rows = list(input_ids)
-    else:
-        rows = list(input_ids)
-        for index, row in enumerate(rows):
-            if not isinstance(row, Tensor):
-                raise TypeError(f"input_ids[{index}] is a {type(row).__name__}; expected a tensor")
-            if row.dim() != 1:
-                raise ValueError(f"input_ids[{index}] has shape {list(row.shape)}; expected [seq]")
-    if not rows:
-        raise ValueError("input_ids holds no prompts; expected at least one")
-    return [_checked_ids(f"input_ids[{index}]", row, vocab_size) for index, row in enumerate(rows)]
-
-
-def _checked_ids(name: str, ids: Tensor, vocab_size: int) -> Tensor:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {ids.dtype}; expected an integer dtype")
-    if ids.numel() == 0:
-        raise ValueError(f"{name} is empty; expected at least one token; start with the bos id")
-    beyond = ids[(ids < 0) | (ids >= vocab_size)]
-    if beyond.numel():
-        raise ValueError(
-            f"{name} holds the id {int(beyond[0])}; expected 0 <= id < {vocab_size}, the "
-            "vocabulary of the model; was it made by another tokenizer?"
-        )
-    return ids.to(torch.int64)
-
-
-def _checked_stops(stop: Stop | None, model: Decoder) -> list[tuple[int, ...]]:
-    """Every stop as a sequence of ids."""
-    if stop is None:
-        eos = model.config.eos_token_id
-        return [] if eos is None else [(eos,)]
-    entries = [stop] if isinstance(stop, int) else list(stop)
-    stops = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in entries]
-    for index, ids in enumerate(stops):
-        if not ids:
-            raise ValueError(f"stop[{index}] is empty; expected at least one id")
-        if not all(isinstance(token, int) for token in ids):
-            raise TypeError(f"stop[{index}] is {ids}; expected integers; encode text first")
-        if not all(0 <= token < model.config.vocab_size for token in ids):
-            raise ValueError(
-                f"stop[{index}] is {list(ids)}; expected ids below {model.config.vocab_size}, the "
-                "vocabulary of the model"
-            )
-    return stops
+        pieces = ids.split(max(1, PREFILL_TOKENS // len(prompts)), dim=1)
+        return read(self._model, pieces, state)

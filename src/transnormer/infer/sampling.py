@@ -1,8 +1,13 @@
-"""From logits to token ids: temperature, top-k, top-p and one uniform number for each row."""
+"""From logits to token ids: penalties, temperature, filters and one uniform number for each row.
+
+Every row is drawn by its own configuration, and by arithmetic that does not depend on the others:
+a request gets the same tokens in any batch.
+"""
 
 import math
-from collections.abc import Sequence
-from typing import Self
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,7 +20,7 @@ from transnormer.config import Config
 class SamplingConfig(Config):
     """How the next token is drawn from the logits.
 
-    The order is temperature, then top_k, then top_p over what top_k left.
+    The order is the penalties, logit_bias, temperature, top_k, top_p over what top_k left, min_p.
     """
 
     temperature: float = 1.0
@@ -24,6 +29,17 @@ class SamplingConfig(Config):
     """Keep this many of the likeliest tokens; None keeps all."""
     top_p: float | None = None
     """Keep the fewest likeliest tokens whose probabilities reach this sum; None keeps all."""
+    min_p: float | None = None
+    """Keep the tokens at least this share as likely as the likeliest; None keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, and multiplies the negative ones, of tokens that the prompt or
+    the output holds (Keskar et al. 2019, arXiv:1909.05858, section 4.1)."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the output holds."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens as often as the output holds them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token and what is added to its logit; -inf forbids the token."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -36,11 +52,39 @@ class SamplingConfig(Config):
             raise ValueError(
                 f"top_k is {self.top_k}; expected at least 1; leave it out to keep all tokens"
             )
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ValueError(
+                    f"{name} is {value}; expected 0 < {name} <= 1; leave it out to keep all tokens"
+                )
+        if not 0.0 < self.repetition_penalty < math.inf:
             raise ValueError(
-                f"top_p is {self.top_p}; expected 0 < top_p <= 1; leave it out to keep all tokens"
+                f"repetition_penalty is {self.repetition_penalty}; expected a finite number above "
+                "0; 1 has no effect"
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number")
+        for token, bias in self.logit_bias:
+            if token < 0:
+                raise ValueError(f"logit_bias names the token {token}; expected at least 0")
+            if not bias < math.inf:
+                raise ValueError(
+                    f"logit_bias of token {token} is {bias}; expected a finite number, or -inf to "
+                    "forbid the token"
+                )
         return self
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before they are sampled from: penalties or a bias."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+        )
 
 
 class Draws:
@@ -65,6 +109,10 @@ class Draws:
             for row in range(rows)
         ]
 
+    def one(self, row: int) -> float:
+        """The next number of one row."""
+        return float(self._rows[row].random())
+
     def next(self, active: Sequence[bool]) -> Tensor:
         """One number for each active row, 0 for the others: float64 [batch] on the CPU."""
         numbers = [
@@ -73,15 +121,88 @@ class Draws:
         return torch.tensor(numbers, dtype=torch.float64)
 
 
-def sample(logits: Tensor, config: SamplingConfig, uniforms: Tensor | None) -> Tensor:
+class TokenHistory:
+    """The tokens of one row that penalties look at.
+
+    Args:
+        prompt: ids that the row began with.
+    """
+
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        self._prompt = frozenset(prompt)
+        self._output: Counter[int] = Counter()
+
+    def add(self, token: int) -> None:
+        """Count a token of the output."""
+        self._output[token] += 1
+
+    def adjust(self, logits: Tensor, config: SamplingConfig) -> Tensor:
+        """The logits [vocab_size] of the next token after penalties and bias; a new tensor."""
+        logits, device = logits.clone(), logits.device
+        seen = sorted(self._prompt | self._output.keys())
+        if config.repetition_penalty != 1.0 and seen:
+            index = torch.tensor(seen, device=device)
+            old = logits[index]
+            penalty = config.repetition_penalty
+            logits[index] = torch.where(old > 0, old / penalty, old * penalty)
+        if self._output and (config.presence_penalty or config.frequency_penalty):
+            counts = sorted(self._output.items())
+            index = torch.tensor([token for token, _ in counts], device=device)
+            times = torch.tensor([count for _, count in counts], device=device)
+            taken = config.presence_penalty + config.frequency_penalty * times
+            logits[index] -= taken.to(logits.dtype)
+        if config.logit_bias:
+            index = torch.tensor([token for token, _ in config.logit_bias], device=device)
+            bias = torch.tensor([bias for _, bias in config.logit_bias], device=device)
+            logits.index_add_(0, index, bias.to(logits.dtype))
+        return logits
+
+
+class TokenLogprobs(NamedTuple):
+    """What the model thought of a token: natural logarithms of its own probabilities.
+
+    Attributes:
+        logprob: of the token, before penalties, bias, temperature and filters.
+        top: the likeliest tokens and theirs, likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """The log probability of a token and of the ``count`` likeliest; logits [vocab_size].
+
+    Computed in float32 (float64 for float64 logits).
+    """
+    logprobs = raised(logits).log_softmax(-1)
+    values, ids = logprobs.topk(min(count, logits.shape[-1]))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(float(logprobs[token]), top)
+
+
+def raised(logits: Tensor) -> Tensor:
+    """Logits in the dtype that sampling compares them in: float32, float64 for float64."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def unusable_rows(logits: Tensor) -> Tensor:
+    """bool [batch]: rows [batch, vocab_size] whose largest logit is NaN or infinite."""
+    return ~torch.isfinite(logits.amax(-1))
+
+
+def sample(
+    logits: Tensor, config: SamplingConfig | Sequence[SamplingConfig], uniforms: Tensor | None
+) -> Tensor:
     """Draw one token of each row by inverting the cumulative distribution at its uniform number.
 
-    Probabilities and their sums are float64.
+    Probabilities and their sums are float64. Penalties and bias are not applied here but by
+    ``TokenHistory.adjust``.
 
     Args:
         logits: [batch, vocab_size]; -inf forbids a token.
-        config: temperature, top_k, top_p.
-        uniforms: [batch] in [0, 1); unused, and may be None, where the temperature is 0.
+        config: temperature, top_k, top_p, min_p, for all rows or for each.
+        uniforms: [batch] in [0, 1); unused, and may be None, where every temperature is 0.
 
     Returns:
         token ids, int64 [batch].
@@ -89,34 +210,83 @@ def sample(logits: Tensor, config: SamplingConfig, uniforms: Tensor | None) -> T
     Raises:
         ValueError: a row without a finite largest logit (NaN or infinity).
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest = logits.amax(-1, keepdim=True)
-    bad = ~torch.isfinite(largest[:, 0])
+    logits = raised(logits)
+    bad = unusable_rows(logits)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"the largest logit of row {row} is {largest[row].item()}; expected a finite number; "
-            "the weights may be damaged or the training may have diverged"
+            f"the largest logit of row {row} is {logits[row].amax().item()}; expected a finite "
+            "number; the weights may be damaged or the training may have diverged"
         )
-    if config.temperature == 0.0:
-        return logits.argmax(-1)
-    if uniforms is None:
+    configs = [config] * len(logits) if isinstance(config, SamplingConfig) else config
+    return draw(logits, configs, uniforms)
+
+
+def draw(logits: Tensor, configs: Sequence[SamplingConfig], uniforms: Tensor | None) -> Tensor:
+    """``sample`` of logits that are ``raised``, without waiting for a device.
+
+    A row without a finite largest logit gets some token: ask ``unusable_rows``.
+    """
+    batch, vocab_size = logits.shape
+    tokens = logits.argmax(-1)
+    groups: dict[int | None, list[int]] = {}
+    for row, own in enumerate(configs):
+        if own.temperature > 0.0:
+            groups.setdefault(_candidates(own, vocab_size), []).append(row)
+    if groups and uniforms is None:
         raise ValueError("uniforms is None; expected [batch] numbers where temperature > 0")
+    for count, rows in groups.items():
+        assert uniforms is not None
+        whole = len(rows) == batch
+        index = torch.tensor(rows, device=logits.device)
+        part = logits if whole else logits[index]
+        # On the device of the uniforms, which need not be that of the logits.
+        numbers = uniforms if whole else uniforms[index.to(uniforms.device)]
+        drawn = _invert(part, [configs[row] for row in rows], numbers.to(logits.device), count)
+        tokens = drawn if whole else tokens.index_copy(0, index, drawn)
+    return tokens
+
+
+def _candidates(config: SamplingConfig, vocab_size: int) -> int | None:
+    """How many of the likeliest tokens a row needs in order; None for the vocabulary as it is.
+
+    A power of two or the vocabulary, so that few groups of rows arise, and of the row's own
+    configuration alone, so that its sums do not depend on the rows beside it.
+    """
+    if config.top_k is None:
+        return None if config.top_p is None else vocab_size
+    return min(vocab_size, 1 << (config.top_k - 1).bit_length())
+
+
+def _invert(
+    logits: Tensor, configs: Sequence[SamplingConfig], uniforms: Tensor, count: int | None
+) -> Tensor:
+    """Draw a token of each row with a positive temperature; ``count`` of ``_candidates``."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
     # The largest is taken off first, so that no temperature, however small, overflows; in float64,
     # where no temperature that is not zero becomes zero.
-    scaled = (logits - largest).double() / config.temperature
+    scaled = (logits - logits.amax(-1, keepdim=True)).double()
+    scaled = scaled / column([config.temperature for config in configs])
     ids: Tensor | None = None
-    if config.top_k is not None or config.top_p is not None:
-        count = logits.shape[-1] if config.top_k is None else min(config.top_k, logits.shape[-1])
+    if count is not None:
         scaled, ids = scaled.topk(count, dim=-1)
+        kept = column([float(config.top_k or count) for config in configs])
+        scaled = scaled.masked_fill(torch.arange(count, device=logits.device) >= kept, -math.inf)
     weights = scaled.softmax(-1)
-    if config.top_p is not None:
+    if any(config.top_p is not None for config in configs):
         before = weights.cumsum(-1) - weights
         # The likeliest token stays whatever rounding does to the first difference.
         before[:, 0] = 0.0
-        weights = weights.masked_fill(before >= config.top_p, 0.0)
+        limit = column([math.inf if c.top_p is None else c.top_p for c in configs])
+        weights = weights.masked_fill(before >= limit, 0.0)
+    if any(config.min_p is not None for config in configs):
+        share = column([config.min_p or 0.0 for config in configs])
+        weights = weights.masked_fill(weights < share * weights.amax(-1, keepdim=True), 0.0)
     cumulative = weights.cumsum(-1)
-    target = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    target = uniforms[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)
     # Rounding may put the target on the total: the last token that has any weight is meant.
     last = (weights > 0).to(torch.int64).cumsum(-1).argmax(-1, keepdim=True)

@@ -190,6 +190,15 @@ def write_weights(
     files.write_json(raw, directory / CONFIG)
 
 
+def add_hashes(directory: Path) -> None:
+    """Put the SHA-256 of each weight file into a config.json that lacks them, as ``load`` wants."""
+    written = sorted(directory.glob("model*.safetensors"))
+    if written:
+        raw = files.read_json(directory / CONFIG)
+        raw["weights"] = {file.name: files.sha256(file) for file in written}
+        files.write_json(raw, directory / CONFIG)
+
+
 def read_config(directory: str | Path) -> DecoderConfig:
     """The configuration of a decoder's directory; a released one is inferred from its tensors."""
     directory = Path(directory)

@@ -75,7 +75,7 @@ class ModelCost:
         if config.causal:
             for layer in model.empty_state(1, device="meta").layers:
                 constant += state_bytes(layer)
-                growing += _bytes_per_token(layer)
+                growing += bytes_per_token(layer)
         every = {name: x.numel() * x.element_size() for name, x in model.named_parameters()}
         unread = 0 if config.tie_embeddings else every["embedding.weight"]
         head = model.head_weight.numel()
@@ -119,7 +119,7 @@ class ModelCost:
         return self.weight_bytes + rows * state
 
 
-def _bytes_per_token(layer: LayerState) -> int:
+def bytes_per_token(layer: LayerState) -> int:
     """What a token adds to a layer's state: the slot of a cache that is empty before the first."""
     if not isinstance(layer, KVState) or layer.valid.shape[1]:
         return 0

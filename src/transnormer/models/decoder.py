@@ -1,6 +1,5 @@
 """The one generic model: blocks of a token mixer and a channel mixer between two embeddings."""
 
-import hashlib
 import math
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from transnormer.config import Config
 from transnormer.models import inputs
+from transnormer.models.fingerprint import fingerprint
 from transnormer.models.state import DecoderState
 from transnormer.nn.channel_mixers import ChannelMixerConfig
 from transnormer.nn.norms import NormConfig
@@ -19,9 +19,6 @@ from transnormer.nn.token_mixers import TokenMixer, TokenMixerConfig
 from transnormer.ops import linear_cross_entropy
 from transnormer.ops.checks import check_tensor
 from transnormer.ops.cross_entropy import IGNORE_INDEX
-
-# Integers of as many bytes as a floating dtype has.
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BlockConfig(Config):
@@ -142,7 +139,7 @@ class Block(nn.Module):
         x = x + self._drop(y)
         if self.channel_mixer is not None:
             x = x + self._drop(self.channel_mixer(self.channel_norm(x)))
-        return x, state
+        return x, state if keep_state else None
 
 
 def _shared_parts(config: DecoderConfig) -> nn.ModuleDict:
@@ -225,10 +222,12 @@ class Decoder(nn.Module):
         *,
         shape: tuple[int, ...] | None = None,
         keep_state: bool = True,
+        embeddings: Tensor | None = None,
     ) -> tuple[Tensor, DecoderState | None]:
         """What the head reads: normed hidden states, [batch, seq, model_dim], and the new state.
 
         Arguments and errors are ``forward``'s; without keep_state the new state is None.
+        ``embeddings``, [batch, seq, model_dim], stand in for those of input_ids, before scaling.
         """
         config = self.config
         inputs.check(input_ids, config.vocab_size, state, cu_seqlens, mask, config.causal)
@@ -239,7 +238,7 @@ class Decoder(nn.Module):
             inputs.check_state(state, self._layer_types, input_ids, cu_seqlens)
         mask = inputs.needed_mask(mask)
         where = inputs.positions_of(input_ids, state, positions, cu_seqlens, mask)
-        x = self.embedding(input_ids)
+        x = self.embedding(input_ids) if embeddings is None else embeddings
         if config.embedding_scale:
             x = x * math.sqrt(config.model_dim)
         if config.max_positions:
@@ -303,7 +302,15 @@ class Decoder(nn.Module):
         x, state = self.hidden(input_ids, state, positions, cu_seqlens, mask, shape=shape)
         if logits_to_keep is not None:
             x = inputs.keep_last(x, logits_to_keep, cu_seqlens)
-        return DecoderOutput(F.linear(x, self.head_weight), state)
+        return DecoderOutput(self.logits(x), state)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of normed hidden states, [..., model_dim] -> [..., vocab_size]."""
+        return F.linear(x, self.head_weight)
+
+    def summed_loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy of normed hidden states, [rows, model_dim], against labels [rows]."""
+        return linear_cross_entropy(x, self.head_weight, labels, reduction="sum")
 
     def loss(
         self,
@@ -339,9 +346,7 @@ class Decoder(nn.Module):
         x, _ = self.hidden(
             input_ids, state, positions, cu_seqlens, mask, shape=shape, keep_state=False
         )
-        total = linear_cross_entropy(
-            x.flatten(0, 1), self.head_weight, labels.flatten(), reduction="sum"
-        )
+        total = self.summed_loss(x.flatten(0, 1), labels.flatten())
         return total if reduction == "sum" else total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
     def empty_state(self, rows: int, *, device: torch.device | str | None = None) -> DecoderState:
@@ -373,17 +378,5 @@ class Decoder(nn.Module):
         return sum(p.numel() for n, p in self.named_parameters() if n.split(".")[0] not in skip)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the configuration and of each tensor's name, shape, dtype, sum and sample.
-
-        The sum is of all bits, read as integers, so it does not depend on the order of adding; the
-        sample is up to 1024 evenly spaced values. Cheap for large models; any training step or
-        another dtype changes it.
-        """
-        digest = hashlib.sha256(self.config.model_dump_json().encode())
-        for name, x in self.state_dict().items():
-            flat = x.detach().reshape(-1)
-            bits = flat.view(_INTEGERS[flat.dtype.itemsize]).sum(dtype=torch.int64).item()
-            sample = flat[:: max(-(-flat.numel() // 1024), 1)].cpu().contiguous()
-            digest.update(f"{name} {list(x.shape)} {x.dtype} {bits}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """A hash of the configuration and the weights, cheap for large models (``fingerprint``)."""
+        return fingerprint(self.config.model_dump_json(), self.state_dict())

@@ -12,7 +12,9 @@ from transnormer import files
 # What a saved model's directory may hold; anything else in it is somebody's and is not replaced.
 _OWN_FILES = re.compile(
     r"config\.json|model.*\.safetensors|model\.safetensors\.index\.json|(byte_)?tokenizer.*|"
-    r".*\.tiktoken"
+    # What transformers, and the export for it, put beside a model.
+    r"modeling_transnormer\.py|generation_config\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|chat_template\.jinja|.*\.tiktoken"
 )
 
 

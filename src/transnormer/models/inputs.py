@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from transnormer.models.state import DecoderState
+from transnormer.nn.state import SlotState
 from transnormer.ops import checks
 
 
@@ -87,7 +88,7 @@ def check_state(
             f"state has {len(state.layers)} layers; expected {num_layers}, those of this model"
         )
     for i, (layer, expected) in enumerate(zip(state.layers, layer_types, strict=True)):
-        if not isinstance(layer, expected):
+        if not isinstance(layer, (expected, SlotState)):
             raise ValueError(
                 f"state.layers[{i}] is a {type(layer).__name__}; expected a {expected.__name__}, "
                 "that of this model's layer; use a state of this model"

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from transnormer.optim.rounded_adamw import RoundedAdamW
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
 
 
@@ -17,9 +18,14 @@ class OptimizerConfig(ScheduleConfig):
     lr: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    # adamw only: of its moments. bfloat16 halves them, rounded stochastically.
+    states: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     # Largest global norm of the gradient; larger ones are scaled down to it. 0 never clips.
     clip: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    # adamw only: the width at which lr was tuned; rates and initial values of another width follow
+    # from it (models/width.py). None takes lr as it is.
+    base_dim: int | None = Field(default=None, ge=1)
     # muon only: momentum of the blocks' matrices. Their updates are scaled to AdamW's size, so
     # that one rate serves both.
     momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -30,6 +36,20 @@ class OptimizerConfig(ScheduleConfig):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {list(betas)}; expected two numbers in [0, 1)")
         return betas
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "OptimizerConfig":
+        if self.name == "muon" and self.states != "float32":
+            raise ValueError(
+                f"states is {self.states!r}; expected 'float32' for name = 'muon', whose momentum "
+                "is orthogonalised; leave it out"
+            )
+        if self.name == "muon" and self.base_dim is not None:
+            raise ValueError(
+                f"base_dim is {self.base_dim}; expected it unset for name = 'muon', whose updates "
+                "have a size of their own; leave it out"
+            )
+        return self
 
     def lr_at(self, step: int, steps: int) -> float:
         """Return the learning rate of update number `step` (from 0) of `steps`."""
@@ -54,10 +74,10 @@ class Optimizer:
         self._names = dict(names)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group."""
+        """Set the learning rate of every group, times its own scale."""
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def step(self) -> None:
         """Update the parameters from their gradients."""
@@ -101,6 +121,7 @@ class Optimizer:
             states.setdefault(owner, {})[key] = value
         for part in self._parts:
             keys: set[str] = set()
+            fused = bool(part.defaults.get("fused"))
             for group in part.param_groups:
                 for parameter in group["params"]:
                     name = self._names[parameter]
@@ -112,7 +133,8 @@ class Optimizer:
                         )
                     keys = keys or set(state)
                     part.state[parameter] = {
-                        key: _fit(f"{name}/{key}", value, parameter) for key, value in state.items()
+                        key: _fit(f"{name}/{key}", value, parameter, beside=fused)
+                        for key, value in state.items()
                     }
         if states:
             raise ValueError(
@@ -121,10 +143,10 @@ class Optimizer:
             )
 
 
-def _fit(key: str, value: Tensor, parameter: Tensor) -> Tensor:
+def _fit(key: str, value: Tensor, parameter: Tensor, *, beside: bool) -> Tensor:
     if value.ndim == 0:
         # Step counters: fused updates want them beside the parameter, the others on the CPU.
-        return value.to(parameter.device) if parameter.is_cuda else value.clone()
+        return value.to(parameter.device) if beside and parameter.is_cuda else value.clone()
     if value.shape != parameter.shape:
         raise ValueError(
             f"optimizer state {key} has shape {list(value.shape)}; "
@@ -133,12 +155,23 @@ def _fit(key: str, value: Tensor, parameter: Tensor) -> Tensor:
     return value.to(parameter.device, copy=True)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    lr_scales: Mapping[str, float] | None = None,
+    *,
+    compile_backend: str | None = None,
+) -> Optimizer:
     """Build the optimizer of a model's trainable parameters.
 
     adamw: Loshchilov and Hutter 2017 (arXiv:1711.05101); decay on matrices only, see is_matrix.
     muon: torch.optim.Muon (Jordan 2024) for the matrices inside `blocks`, AdamW for the rest. Its
-    updates are scaled by 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, arXiv:2502.16982).
+    updates are scaled by 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, arXiv:2502.16982). Each
+    matrix is orthogonalised as it is stored: q, k, v and gate, which are one, together.
+
+    lr_scales multiplies the rate of AdamW's parameters by name; their weight decay a step, rate
+    times weight_decay, does not change. compile_backend compiles the update of bfloat16 moments; the
+    other optimizers are fused as they are.
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not named:
@@ -156,18 +189,37 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
             raise ValueError("optimizer.name is 'muon'; expected a model with matrices in blocks")
         parts.append(_muon(blocks.values(), config))
     if rest:
-        parts.append(_adamw(rest, config))
+        parts.append(_adamw(rest, config, lr_scales or {}, compile_backend))
     return Optimizer(parts, names)
 
 
-def _adamw(named: Mapping[str, Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
-    matrices = [value for name, value in named.items() if is_matrix(name, value)]
-    others = [value for name, value in named.items() if not is_matrix(name, value)]
+def _adamw(
+    named: Mapping[str, Tensor],
+    config: OptimizerConfig,
+    lr_scales: Mapping[str, float],
+    compile_backend: str | None,
+) -> torch.optim.Optimizer:
+    # By decay and scale; matrices first.
+    found: dict[tuple[float, float], list[Tensor]] = {}
+    for wanted in (True, False):
+        for name, value in named.items():
+            if is_matrix(name, value) is wanted:
+                scale = lr_scales.get(name, 1.0)
+                decay = config.weight_decay / scale if wanted else 0.0
+                found.setdefault((decay, scale), []).append(value)
     groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((matrices, config.weight_decay), (others, 0.0))
-        if params
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in found.items()
     ]
+    if config.states == "bfloat16":
+        return RoundedAdamW(
+            groups,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=0.0,
+            compile_backend=compile_backend,
+        )
     fused = all(value.device.type in ("cpu", "cuda") for value in named.values())
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,10 +19,11 @@ from transnormer.config import Config, validate
 from transnormer.data.tokenizers import Tokenizer
 from transnormer.files import read_json, sha256, sync, write_json
 from transnormer.models.checkpoint import AnyModel, write_weights
-from transnormer.optim import Optimizer
+from transnormer.models.random_state import random_state, set_random_state
 
 COMPLETE, CHECKPOINTS = "COMPLETE", "checkpoints"
 OPTIMIZER, RANDOM, COUNTERS = "optimizer.safetensors", "random.safetensors", "trainer.json"
+GUARD = "guard.safetensors"
 _TEMPORARY = ".partial-"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -129,13 +129,16 @@ def what_is_wrong(path: Path) -> str | None:
 def write_checkpoint(
     run_dir: Path,
     model: AnyModel,
-    optimizer: Optimizer,
+    optimizer_state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     counters: Counters,
     *,
     keep_last: int,
+    guard: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a whole checkpoint, then drop all but the newest keep_last (0 keeps all).
+
+    guard is what a loss-spike guard needs to go on; None without one.
 
     Raises RuntimeError in one line where the disk refuses; older checkpoints are then untouched.
     """
@@ -146,8 +149,10 @@ def write_checkpoint(
         temporary.mkdir(parents=True)
         write_weights(model, temporary, tokenizer_fingerprint=tokenizer.fingerprint)
         tokenizer.save(temporary)
-        _save(optimizer.state_tensors(), temporary / OPTIMIZER)
-        _save(_random_state(), temporary / RANDOM)
+        _save(optimizer_state, temporary / OPTIMIZER)
+        _save(random_state(), temporary / RANDOM)
+        if guard is not None:
+            _save(guard, temporary / GUARD)
         write_json(counters.model_dump(), temporary / COUNTERS)
         _write_marker(temporary)
         if target.exists():
@@ -197,6 +202,13 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
+def remove_after(run_dir: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a rollback gave up."""
+    for path in list_checkpoints(run_dir):
+        if path.name > step_path(run_dir, step).name:
+            _remove(path)
+
+
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed process left half written or half removed."""
     for path in (run_dir / CHECKPOINTS).glob(f"{_TEMPORARY}*"):
@@ -208,17 +220,16 @@ def read_counters(path: Path) -> Counters:
     return validate(Counters, read_json(path / COUNTERS), source=str(path / COUNTERS))
 
 
-def restore_training_state(path: Path, optimizer: Optimizer) -> None:
-    """Load a checkpoint's optimizer and random state (the weights come with the model)."""
-    optimizer.load_state_tensors(load_file(path / OPTIMIZER))
-    states = load_file(path / RANDOM)
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+def read_guard(path: Path) -> dict[str, Tensor]:
+    """Read what a checkpoint keeps for the loss-spike guard."""
+    return load_file(path / GUARD)
 
 
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def read_optimizer(path: Path) -> dict[str, Tensor]:
+    """Read the state of a checkpoint's optimizer, whole tensors by parameter name and key."""
+    return load_file(path / OPTIMIZER)
+
+
+def restore_random_state(path: Path) -> None:
+    """Put the random state of a checkpoint back."""
+    set_random_state(load_file(path / RANDOM))

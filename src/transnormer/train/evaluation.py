@@ -1,6 +1,7 @@
 """Held-out texts scored by a function that the trainer is handed, and stopped by a signal."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol, TypeVar
 
 import torch
@@ -45,11 +46,16 @@ class _Stopped(Exception):
 
 
 def evaluate_until(
-    stop: Stop, evaluate: Callable[[ModelT, Callable[[int], None]], FoundT], model: ModelT
+    stop: Stop,
+    evaluate: Callable[[ModelT, Callable[[int], None]], FoundT],
+    model: ModelT,
+    *,
+    compiled: bool = False,
 ) -> FoundT | None:
     """Score a model in eval mode; None where a signal asks to stop before all is scored.
 
-    Random numbers that the evaluation draws change nothing for the run.
+    Random numbers that the evaluation draws change nothing for the run. A compiled model runs
+    uncompiled here: each length of text would cost a graph of its own.
     """
 
     def check(tokens: int) -> None:
@@ -58,8 +64,9 @@ def evaluate_until(
 
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
+    plain = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), plain:
             return evaluate(model.eval(), check)
     except _Stopped:
         return None

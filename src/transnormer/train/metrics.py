@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ class StepReport(NamedTuple):
         tokens: seen since the start of the run.
         tokens_per_second: of this step.
         seconds: the run's own time since its start, over all resumptions.
+        mfu: model FLOPs utilisation of this step; None, and no key of the record, where the device
+            is not in the table of models/device_peaks.py.
     """
 
     step: int
@@ -37,6 +40,7 @@ class StepReport(NamedTuple):
     tokens: int
     tokens_per_second: float
     seconds: float
+    mfu: float | None = None
 
 
 class Headline(NamedTuple):
@@ -103,27 +107,51 @@ class Records:
     """
 
     def __init__(self, run_dir: Path, step: int) -> None:
+        self._run_dir = run_dir
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run_dir = run_dir
         for name in (METRICS, EVALUATIONS):
-            _cut_back(run_dir / name, step)
-        self._metrics = _append_to(run_dir / METRICS)
-        self._evaluations = _append_to(run_dir / EVALUATIONS)
-        # purge_step hides the points that another process wrote beyond this step.
-        self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
+            _cut_back(self._run_dir / name, step)
+        self._metrics = _append_to(self._run_dir / METRICS)
+        self._evaluations = _append_to(self._run_dir / EVALUATIONS)
+        # purge_step hides the points that were written beyond this step.
+        self._board = SummaryWriter(str(self._run_dir / TENSORBOARD), purge_step=step + 1)
 
-    def step(self, report: StepReport) -> None:
-        """Write one update."""
-        self._metrics.write(_line(report))
-        self._metrics.flush()
-        for name in ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second"):
-            if getattr(report, name) is not None:
+    def step(self, report: StepReport, skipped: str | None = None) -> None:
+        """Write one update, or a skipped one with its reason and its finite figures."""
+        row = _row(report)
+        if skipped is not None:
+            row = {name: value for name, value in row.items() if math.isfinite(value)}
+            row |= {"action": "skip", "reason": skipped}
+        self._write(row)
+        for name in ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second", "mfu"):
+            if name in row:
                 self._board.add_scalar(f"train/{name}", getattr(report, name), report.step)
+
+    def rollback(self, step: int, *, from_step: int, reason: str, next_sample: int) -> None:
+        """Cut off what was written beyond `step`, and write that the run goes on from there."""
+        self.close()
+        self._open(step)
+        self._write(
+            {
+                "step": step,
+                "action": "rollback",
+                "from_step": from_step,
+                "reason": reason,
+                "next_sample": next_sample,
+            }
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._metrics.write(_line(row))
+        self._metrics.flush()
 
     def evaluation(self, report: HeldoutReport) -> None:
         """Write one evaluation."""
-        self._evaluations.write(_line(report))
+        self._evaluations.write(_line(_row(report)))
         self._evaluations.flush()
         for name, value in figures(report).items():
             self._board.add_scalar(f"heldout/{name}", value, report.step)
@@ -152,8 +180,11 @@ def figures(report: HeldoutReport) -> dict[str, float]:
     return {name: x for name, x in row.items() if isinstance(x, float) and name != "seconds"}
 
 
-def _line(report: StepReport | HeldoutReport) -> str:
-    row = {name: value for name, value in report._asdict().items() if value is not None}
+def _row(report: StepReport | HeldoutReport) -> dict[str, Any]:
+    return {name: value for name, value in report._asdict().items() if value is not None}
+
+
+def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
@@ -190,7 +221,8 @@ def draw_loss(run_dir: Path) -> Path | None:
 
     It is in bits per byte where the run has them, else in nats.
     """
-    steps = read_records(run_dir / METRICS)
+    # A rollback has no loss, and neither has a step that was skipped since it was not finite.
+    steps = [row for row in read_records(run_dir / METRICS) if "loss" in row]
     evaluations = read_records(run_dir / EVALUATIONS)
     if not steps:
         return None

@@ -12,11 +12,15 @@ from transnormer.data.documents import EMBEDDED
 from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Block, BlockConfig, DecoderConfig
 from transnormer.optim import OptimizerConfig
+from transnormer.parallel.parallel_config import ParallelConfig
+from transnormer.train.guard import GuardConfig
 from transnormer.train.objective_config import (
     CausalConfig,
     ClassificationConfig,
     ObjectiveConfig,
 )
+from transnormer.train.profiling import ProfileConfig
+from transnormer.train.train_config import TrainConfig
 
 _SIZES = ("model_dim", "num_layers", "heads", "glu_dim")
 
@@ -206,60 +210,10 @@ class DataConfig(Config):
         return self
 
 
-class TrainConfig(Config):
-    """The loop.
-
-    Attributes:
-        steps: updates in all; the schedule spans them.
-        tokens_per_step: a multiple of data.seq: one update's samples times data.seq.
-        seed: of initialisation, dropout and the order of samples.
-        eval_every: steps between evaluations on the held-out part; 0 is only before and after.
-        eval_bytes: evaluate on so many bytes, spread over the held-out part; 0 is all of it, and
-            the one that classification takes.
-        save_every: steps between checkpoints; 0 is only at the end.
-        keep_last: checkpoints that are kept; 0 keeps all.
-        precision: `auto` is bfloat16 autocast on a GPU and on a CPU with AMX, float32 elsewhere.
-        micro_batch: samples in one forward pass, whose gradients add up; None is all of a step.
-        max_minutes: stop after the step in which the run's own time exceeds it (over all its
-            resumptions). The schedule is by steps and is cut off.
-        device: `auto` is the first GPU, or the CPU where there is none.
-    """
-
-    steps: int = Field(ge=1)
-    tokens_per_step: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    eval_every: int = Field(default=0, ge=0)
-    eval_bytes: int = Field(default=0, ge=0)
-    save_every: int = Field(default=0, ge=0)
-    keep_last: int = Field(default=2, ge=0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    micro_batch: int | None = Field(default=None, ge=1)
-    max_minutes: float | None = Field(default=None, gt=0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
 class OutputConfig(Config):
     """Where the run directory is."""
 
     dir: str = Field(min_length=1)
-
-
-class ParallelConfig(Config):
-    """Ranks along each mesh axis: replicas, shards, sequence parts, tensor parts."""
-
-    dp_replicate: int = Field(default=1, ge=1)
-    dp_shard: int = Field(default=1, ge=1)
-    sp: int = Field(default=1, ge=1)
-    tp: int = Field(default=1, ge=1)
-
-    def refuse_more_than_one(self) -> None:
-        """Raise NotImplementedError for an axis of more than one rank: one device trains."""
-        for name, size in self.model_dump().items():
-            if size > 1:
-                raise NotImplementedError(
-                    f"parallel.{name} is {size}; expected 1: training on several devices is not "
-                    "available; set it to 1"
-                )
 
 
 class RunConfig(Config):
@@ -271,6 +225,8 @@ class RunConfig(Config):
     output: OutputConfig
     objective: ObjectiveConfig = CausalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
+    profile: ProfileConfig = ProfileConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
@@ -291,10 +247,27 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check_objective(self) -> "RunConfig":
+        if self.train.segment_tokens is not None and self.objective.kind != "causal":
+            raise ValueError(
+                f"train.segment_tokens is {self.train.segment_tokens}; expected it unset for "
+                f"objective.kind = {self.objective.kind!r}: only the causal objective reads a "
+                "sequence from its beginning to its end; leave it out"
+            )
         if self.model.init_from is None:
             self.check_model()
         if isinstance(self.objective, ClassificationConfig):
             self._check_classification(self.objective)
+        half = (self.optimizer.states, self.train.precision) == ("bfloat16", "bfloat16")
+        if self.train.weights == "bfloat16" and not half:
+            raise ValueError(
+                "train.weights is 'bfloat16'; expected 'float32' unless optimizer.states and "
+                "train.precision are 'bfloat16': plain updates are too small for such weights"
+            )
+        if self.optimizer.base_dim is not None and self.model.init_from is not None:
+            raise ValueError(
+                f"optimizer.base_dim is {self.optimizer.base_dim} beside model.init_from; expected "
+                "it unset: the initial values are the checkpoint's; leave it out"
+            )
         return self
 
     def _check_classification(self, objective: ClassificationConfig) -> None:
@@ -305,6 +278,7 @@ class RunConfig(Config):
             "data.epochs": (self.data.epochs, None),
             "train.eval_bytes": (self.train.eval_bytes, 0),
             "model.tie_embeddings": (self.model.tie_embeddings, None),
+            "optimizer.base_dim": (self.optimizer.base_dim, None),
         }
         for key, (value, only) in fixed.items():
             if value != only:
@@ -353,8 +327,22 @@ class RunConfig(Config):
 
     @property
     def micro_batch(self) -> int:
-        """Return the samples in one forward pass."""
+        """Return the samples in one forward pass of a process that is alone."""
         return self.train.micro_batch or self.samples_per_step
+
+    def batch_over(self, ranks: int) -> int:
+        """Return the samples in one forward pass of `ranks` processes together.
+
+        Raises ValueError where a step is no whole number of such passes.
+        """
+        batch = (self.train.micro_batch or 0) * ranks or self.samples_per_step
+        if self.samples_per_step % batch or batch % ranks:
+            raise ValueError(
+                f"a step has {self.samples_per_step} samples (tokens_per_step / data.seq), "
+                f"train.micro_batch is {self.train.micro_batch} and {ranks} ranks read batches of "
+                "their own; expected a multiple of their product; change one of them"
+            )
+        return batch
 
 
 def read_run(path: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -31,7 +31,14 @@ MAY_CHANGE = {
     "train.save_every",
     "train.keep_last",
     "train.max_minutes",
+    "profile.steps",
+    "profile.rows",
     "output.dir",
+    "parallel.dp_replicate",
+    "parallel.dp_shard",
+    "parallel.sp",
+    "parallel.sp_exchange",
+    "parallel.sp_overlap",
 }
 
 

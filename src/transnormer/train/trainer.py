@@ -1,23 +1,22 @@
 """The training loop: one process's part of a run, from a configuration to a trained model."""
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from transnormer.models import checkpoint
-from transnormer.optim import build_optimizer
-from transnormer.parallel import current_world
+from transnormer.models.device_peaks import device_peak
 from transnormer.train import checkpoints
 from transnormer.train.allocator import keep_freed_memory
 from transnormer.train.checkpoints import Counters
 from transnormer.train.divergence import check_finite, check_parameters
 from transnormer.train.evaluation import Evaluate, evaluate_until
+from transnormer.train.guard import Guard
 from transnormer.train.metrics import (
     EVALUATIONS,
     HeldoutReport,
@@ -29,20 +28,29 @@ from transnormer.train.metrics import (
     figures,
     read_records,
 )
+from transnormer.train.model_setup import set_up
 from transnormer.train.objectives import OBJECTIVES, Objective, Setting
-from transnormer.train.objectives.base import to_device
-from transnormer.train.objectives.causal import bits_per_byte
-from transnormer.train.precision import autocast_for, choose_device, choose_precision
+from transnormer.train.precision import choose_device, choose_precision
+from transnormer.train.processes import (
+    NoRecords,
+    agreed,
+    first_then_others,
+    join_processes,
+    open_together,
+    prepare_together,
+    seed_of,
+)
+from transnormer.train.profiling import ProfileConfig, StepProfiler
 from transnormer.train.recipe import RunConfig
 from transnormer.train.run_directory import (
     DATA,
     disk_errors_in_one_line,
-    open_run,
-    preparation,
     write_config,
 )
 from transnormer.train.signals import SignalName, Stop, stop_requests, termination_raises
-from transnormer.train.sync import GradSync, OneProcess
+from transnormer.train.sync import GradSync
+from transnormer.train.update import Updater
+from transnormer.train.utilisation import token_share
 
 StoppedBy = Literal["steps", "max_minutes"] | SignalName
 
@@ -100,32 +108,22 @@ def run_training(
             there, another process is training in the directory, or the launcher's variables are
             wrong.
     """
-    config.parallel.refuse_more_than_one()
-    if sync is None and (found := current_world()).world_size > 1:
-        raise NotImplementedError(
-            f"the launcher started {found.world_size} processes; expected 1: training on several "
-            "devices is not available; start one"
-        )
     progress = progress or Quiet()
     device = choose_device(config.train.device)
+    if sync is None:
+        sync, device = join_processes(config, device)
+    if not sync.is_first:
+        progress = Quiet()
     run_dir = Path(config.output.dir)
     with (
         termination_raises(progress.message),
         disk_errors_in_one_line(run_dir),
-        open_run(config, resume=resume) as run,
+        open_together(config, sync, resume=resume) as run,
     ):
-        with preparation(run, config):
-            sync = sync or OneProcess()
-            objective = OBJECTIVES[config.objective.kind](
-                Setting(
-                    config,
-                    run_dir / DATA,
-                    progress.message,
-                    evaluate,
-                    sync.rank,
-                    sync.world_size,
-                )
-            )
+        with prepare_together(run, config, sync):
+            tell, rank, ranks = progress.message, sync.rank, sync.world_size
+            setting = Setting(config, run_dir / DATA, tell, evaluate, rank, ranks)
+            objective = first_then_others(sync, lambda: OBJECTIVES[config.objective.kind](setting))
             trainer = Trainer(config, run_dir, objective, device, progress, sync)
             trainer.start(resume=resume)
         try:
@@ -153,28 +151,26 @@ class Trainer:
             keep_freed_memory()
         precision = choose_precision(train.precision, device)
         self.counters = Counters(step=0, next_sample=0, tokens=0, seconds=0.0, precision=precision)
-        self.parts = config.samples_per_step // config.micro_batch // sync.world_size
+        self.guard = Guard(config.guard, run_dir)
         torch.manual_seed(train.seed)
-        found = checkpoints.find_checkpoint(run_dir).path
-        # Of a run that goes on, model.init_from may be gone.
-        model = objective.build_model() if found is None else checkpoint.new_like(found)
-        self.model = sync.wrap(model.to(device))
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.records: Records | None = None
+        found = sync.from_first(lambda: checkpoints.find_checkpoint(run_dir).path)
+        self.model, self.optimizer = set_up(config, objective, found, device, sync)
+        # Parameters begin the same on all processes; dropout does not.
+        if sync.process:
+            torch.manual_seed(seed_of(train.seed, sync.process, 0))
+        self.updater = Updater(
+            config, objective, self.model, self.optimizer, self.guard, sync, precision
+        )
+        self.token_share = token_share(config, self.model, device_peak(device), precision)
+        profile = config.profile if sync.is_first else ProfileConfig()
+        self.profiler = StepProfiler(profile, run_dir, device, progress.message)
+        self.records: Records | NoRecords | None = None
 
     def start(self, *, resume: bool) -> None:
         """Restore the newest whole checkpoint, or begin at step 0; say which."""
-        found = checkpoints.find_checkpoint(self.run_dir)
-        if found.path is None and found.damaged:
-            raise ValueError(
-                f"{self.run_dir} has no whole checkpoint: {found.damaged[0].reason}; expected one; "
-                "remove the damaged ones to start at step 0"
-            )
-        for damaged in found.damaged:
-            aside = checkpoints.set_aside(damaged.path)
-            self.progress.message(f"damaged checkpoint: {damaged.reason}; moved to {aside}")
-        if found.path is not None:
-            self._restore(found.path)
+        path = self.sync.from_first(self._whole_checkpoint)
+        if path is not None:
+            self._restore(path)
         elif resume:
             self.progress.message(f"no checkpoint in {self.run_dir}: starting at step 0")
         resolved = {
@@ -185,13 +181,27 @@ class Trainer:
             "tokenizer": self.objective.tokenizer.fingerprint,
             **self.objective.facts(),
         }
-        write_config(self.run_dir, self.config, resolved)
+        self.sync.from_first(lambda: write_config(self.run_dir, self.config, resolved))
         self.progress.message(
             f"{self.model.num_parameters():,} parameters on {self.device} in "
             f"{self.counters.precision}"
         )
         # Last: nothing fails while its files are open and nobody closes them.
-        self.records = Records(self.run_dir, self.counters.step)
+        first = self.sync.is_first
+        self.records = Records(self.run_dir, self.counters.step) if first else NoRecords()
+
+    def _whole_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; damaged newer ones are set aside."""
+        found = checkpoints.find_checkpoint(self.run_dir)
+        if found.path is None and found.damaged:
+            raise ValueError(
+                f"{self.run_dir} has no whole checkpoint: {found.damaged[0].reason}; expected one; "
+                "remove the damaged ones to start at step 0"
+            )
+        for damaged in found.damaged:
+            aside = checkpoints.set_aside(damaged.path)
+            self.progress.message(f"damaged checkpoint: {damaged.reason}; moved to {aside}")
+        return found.path
 
     def _restore(self, path: Path) -> None:
         counters = checkpoints.read_counters(path)
@@ -202,8 +212,15 @@ class Trainer:
             )
         # Copied into the fresh model: where a tensor lies in memory can change the last bit of a
         # product, and a run from step 0 has its weights in memory of this kind.
-        self.model.load_state_dict(checkpoint.load_any(path, device=self.device).state_dict())
-        checkpoints.restore_training_state(path, self.optimizer)
+        weights = checkpoint.load_any(path, device=self.device).state_dict()
+        states = checkpoints.read_optimizer(path)
+        self.sync.load(self.model, self.optimizer, weights, states)
+        checkpoints.restore_random_state(path)
+        if self.sync.process:
+            seed = self.config.train.seed
+            torch.manual_seed(seed_of(seed, self.sync.process, counters.step))
+        if self.config.guard.action != "off":
+            self.guard.load_state_tensors(checkpoints.read_guard(path))
         self.counters = counters
         self.progress.message(f"continuing from {path}")
 
@@ -211,14 +228,20 @@ class Trainer:
         """Do the updates that are left; returns after a final checkpoint and evaluation."""
         train = self.config.train
         self.clock = time.perf_counter() - self.counters.seconds
-        last: Path | None = checkpoints.find_checkpoint(self.run_dir).path
-        with stop_requests() as stop:
+        last = self.sync.from_first(lambda: checkpoints.find_checkpoint(self.run_dir).path)
+        if self.guard.snapshot is None:
+            self._snapshot()
+        with stop_requests() as own:
+            stop = agreed(own, self.sync)
             stopped_by = self._stopped_by(stop) if self._evaluate_if_due(stop) else stop()
             while stopped_by is None:
                 self._update()
                 step = self.counters.step
                 stopped_by = self._stopped_by(stop)
-                if stopped_by or (train.save_every and step % train.save_every == 0):
+                scheduled = bool(train.save_every) and step % train.save_every == 0
+                if scheduled or self.guard.due(step):
+                    self._snapshot()
+                if stopped_by or scheduled:
                     last = self._save()
                 if self._evaluate_if_due(stop, final=stopped_by is not None):
                     stopped_by = stopped_by or self._stopped_by(stop)
@@ -229,7 +252,8 @@ class Trainer:
                 self._save()
         assert self.records is not None
         self.records.sync()
-        draw_loss(self.run_dir)
+        if self.sync.is_first:
+            draw_loss(self.run_dir)
         evaluations = self._evaluations()
         return TrainResult(
             run_dir=self.run_dir,
@@ -242,7 +266,8 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Close the records."""
+        """Close the records, and a profile that was not finished."""
+        self.profiler.close()
         if self.records is not None:
             # After a full disk the last lines cannot be written here either; a run that ends well
             # has brought them to the disk before.
@@ -255,91 +280,92 @@ class Trainer:
             return "steps"
         if (name := stop()) is not None:
             return name
-        if train.max_minutes is not None and self.counters.seconds >= 60 * train.max_minutes:
-            return "max_minutes"
+        if train.max_minutes is not None:
+            over = self.counters.seconds >= 60 * train.max_minutes
+            return "max_minutes" if self.sync.highest(over) else None
         return None
 
     def _update(self) -> None:
-        """Make one update from `parts` forward passes, and record it."""
+        """Make one update, or answer a spike, and record it."""
         began = time.perf_counter()
-        config, done = self.config, self.counters
-        batches = [self.objective.batch(done.step * self.parts + i) for i in range(self.parts)]
-        labels, tokens, text_bytes = self.sync.total(self._counts(batches)).tolist()
-        nats = self._backward(batches, labels)
-        self.sync.after_backward(self.model)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        loss = self.sync.total(nats.reshape(1)).item() / max(labels, 1.0)
-        check_finite({"loss": loss, "grad_norm": norm.item()}, done.step + 1, self.run_dir)
-        if config.optimizer.clip:
-            clip_grads_with_norm_(self.model.parameters(), config.optimizer.clip, norm)
-        lr = config.optimizer.lr_at(done.step, config.train.steps)
-        self.optimizer.set_lr(lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.sync.after_step(self.model, done.step + 1)
+        done, steps = self.counters, self.config.train.steps
+        self.profiler.before(done.step + 1)
+        made = self.updater.update(done)
+        self.profiler.after(done.step + 1)
+        if made.spike is not None and self.guard.rolls_back:
+            self._roll_back(made.spike, made.next_sample)
+            return
         now = time.perf_counter()
+        rate = made.tokens / (now - began)
         self.counters = Counters(
             step=done.step + 1,
-            next_sample=done.next_sample + config.samples_per_step,
-            tokens=done.tokens + int(tokens),
+            next_sample=made.next_sample,
+            tokens=done.tokens + made.tokens,
             seconds=now - self.clock,
             precision=done.precision,
         )
         report = StepReport(
             step=self.counters.step,
-            loss=loss,
-            bits_per_byte=(
-                bits_per_byte(loss * labels, text_bytes) if self.objective.scores_text else None
-            ),
-            grad_norm=norm.item(),
-            lr=lr,
+            loss=made.loss,
+            bits_per_byte=made.bits_per_byte,
+            grad_norm=made.grad_norm,
+            lr=made.lr,
             tokens=self.counters.tokens,
-            tokens_per_second=tokens / (now - began),
+            tokens_per_second=rate,
             seconds=self.counters.seconds,
+            mfu=None if self.token_share is None else rate * self.token_share / self.sync.devices,
         )
         assert self.records is not None
-        self.records.step(report)
-        self.progress.step(report, config.train.steps)
+        self.records.step(report, skipped=made.spike)
+        if made.spike is not None:
+            self.progress.message(f"step {report.step}: {made.spike}; its update is skipped")
+        self.progress.step(report, steps)
 
-    def _counts(self, batches: Sequence[Any]) -> Tensor:
-        """Return the sums of the batches' Counts, float64 [3]."""
-        counts = [self.objective.counts(batch) for batch in batches]
-        return torch.tensor(counts, dtype=torch.float64).sum(0).to(self.device)
+    def _snapshot(self) -> None:
+        done = self.counters
+        self.guard.take(done.step, done.tokens, self.model, self.optimizer)
 
-    def _backward(self, batches: Sequence[Any], labels: float) -> Tensor:
-        """Add up the gradients of the batches; return their summed loss in nats, float64.
-
-        Each batch is divided by the labels of all of them: a step's gradient is that of one large
-        batch whatever the number of parts.
-        """
-        self.model.train()
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            with self._autocast():
-                loss = self.objective.loss(self.model, to_device(batch, self.device))
-            (loss / max(labels, 1.0)).backward()
-            nats += loss.detach()
-        return nats
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return autocast_for(self.counters.precision, self.device) or nullcontext()
+    def _roll_back(self, spike: str, next_sample: int) -> None:
+        """Go on from the last snapshot with the data behind the spike."""
+        from_step = self.counters.step + 1
+        kept = self.guard.roll_back(self.model, self.optimizer)
+        self.counters = self.counters.model_copy(
+            update={
+                "step": kept.step,
+                "tokens": kept.tokens,
+                "next_sample": next_sample,
+                "seconds": time.perf_counter() - self.clock,
+            }
+        )
+        assert self.records is not None
+        self.records.rollback(kept.step, from_step=from_step, reason=spike, next_sample=next_sample)
+        self.progress.message(f"step {from_step}: {spike}; back to step {kept.step}")
+        # At once, so that no checkpoint of the steps given up is ever continued.
+        checkpoints.remove_after(self.run_dir, kept.step)
+        self._save()
 
     def _save(self) -> Path:
-        check_parameters(self.model, self.counters.step, self.run_dir)
+        whole = self.sync.whole(self.model, self.optimizer)
+        return self.sync.from_first(lambda: self._write(whole))
+
+    def _write(self, whole: tuple[checkpoint.AnyModel, Mapping[str, Tensor]] | None) -> Path:
+        assert whole is not None
         assert self.records is not None
+        model, states = whole
+        check_parameters(model, self.counters.step, self.run_dir)
         self.records.sync()
         return checkpoints.write_checkpoint(
             self.run_dir,
-            self.model,
-            self.optimizer,
+            model,
+            states,
             self.objective.tokenizer,
             self.counters,
             keep_last=self.config.train.keep_last,
+            guard=self.guard.state_tensors(self.counters.step),
         )
 
     def _evaluations(self) -> list[HeldoutReport]:
-        rows = read_records(self.run_dir / EVALUATIONS)
+        rows = self.sync.from_first(lambda: read_records(self.run_dir / EVALUATIONS))
         return [self.objective.report(**row) for row in rows]
 
     def _evaluate_if_due(self, stop: Stop, *, final: bool = False) -> bool:
@@ -356,7 +382,8 @@ class Trainer:
             return True
         found = None
         if stop() is None:
-            found = evaluate_until(stop, self.objective.evaluate, self.model)
+            compiled = self.config.train.compile
+            found = evaluate_until(stop, self.objective.evaluate, self.model, compiled=compiled)
         if found is None:
             return False
         seconds = time.perf_counter() - self.clock

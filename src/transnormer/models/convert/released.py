@@ -46,6 +46,15 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "none": "none",
 }
+# What the released code takes where a config.json is silent.
+_DEFAULTS = {
+    "vocab_size": 64_000,
+    "decoder_embed_dim": 1024,
+    "decoder_layers": 24,
+    "decoder_attention_heads": 8,
+    "hidden_dim": 1024,
+    "glu_dim": 2816,
+}
 _KINDS = {
     "token_mixer": "expected 'lightning', the only token mixer of the released layout",
     "channel_mixer": "expected 'glu', the only channel mixer of the released layout",
@@ -128,6 +137,39 @@ def read(
     if tied:
         tensors.pop(HEAD, None)
     return config, tensors
+
+
+def read_config(raw: Mapping[str, Any], config_file: Path) -> DecoderConfig:
+    """The configuration that the fields of a config.json alone describe, without the tensors.
+
+    What ``read`` infers has its default instead: the sizes of the released code, LRPE in the first
+    layer, a tied head.
+
+    Args:
+        raw: contents of config.json; unknown keys are other libraries' and are ignored.
+        config_file: for messages.
+
+    Raises:
+        ValueError: a value of the wrong type, or sizes that do not fit each other.
+        NotImplementedError: a norm or an activation that the decoder does not have.
+    """
+    known = {key: raw[key] for key in ReleasedConfig.model_fields if key in raw}
+    fields = validate(ReleasedConfig, known, source=str(config_file))
+    sizes = {key: value for key, value in _DEFAULTS.items() if getattr(fields, key) is None}
+    fields = fields.model_copy(update=sizes)
+    layers, dim = fields.decoder_layers, fields.decoder_embed_dim
+    assert layers is not None
+    given = fields.linear_use_lrpe_list or (True, *[False] * (layers - 1))
+    if len(given) != layers:
+        raise ValueError(
+            f"{config_file}: linear_use_lrpe_list has {len(given)} entries; expected {layers}, one "
+            "for each layer"
+        )
+    update: dict[str, Any] = {"linear_use_lrpe_list": given}
+    if fields.glu_dim == -1:
+        update["glu_dim"] = dim
+    tied = fields.tie_word_embeddings is not False
+    return _decoder_config(fields.model_copy(update=update), tied, config_file)
 
 
 def write(

@@ -72,7 +72,7 @@ class ClassificationObjective(Objective[SequenceClassifier, LabelledBatch]):
         data = open_labelled_data(config, setting.folder, setting.tell)
         self.tokenizer, self.classes = data.tokenizer, data.classes
         self.train, self.heldout = data.train, data.heldout
-        self.loader = self._loader(data.train, config.micro_batch * setting.world_size).for_rank(
+        self.loader = self._loader(data.train, config.batch_over(setting.world_size)).for_rank(
             setting.rank, setting.world_size
         )
 

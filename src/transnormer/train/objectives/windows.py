@@ -28,7 +28,7 @@ class WindowObjective(Objective[Decoder, Batch]):
         self.loader = Loader(
             data.sources,
             seq=config.data.seq,
-            batch=config.micro_batch * setting.world_size,
+            batch=config.batch_over(setting.world_size),
             seed=config.train.seed,
             packing=config.data.packing,
         ).for_rank(setting.rank, setting.world_size)

@@ -1,0 +1,139 @@
+"""One request to an engine: what was asked, and what has come of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from transnormer.infer.prompts import ends_with_stop
+from transnormer.infer.sampling import Draws, SamplingConfig, TokenHistory, TokenLogprobs
+from transnormer.models.state import DecoderState
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+# Told the tokens so far, whether they end here: a stop string looks at their text.
+Until = Callable[[Sequence[int]], bool]
+
+
+class Request:
+    """A prompt being continued; made by ``Engine.submit``.
+
+    Iterating yields the tokens, and runs the engine while there is none to yield.
+
+    Attributes:
+        prompt: its ids, int64 [tokens] on the CPU.
+        token_ids: the ids drawn so far, those that stopped it included.
+        logprobs: one entry a token where they were asked for.
+        finish_reason: "stop", "length", "cancelled", "error", or None while it waits or runs.
+        error: why it ended, where that was an error of its own.
+        state: after the prompt and all of ``token_ids``, one row, where ``keep_state`` was asked
+            for and it has finished.
+        cached_tokens: tokens of the prompt that the prefix cache knew.
+        submitted_at, first_token_by, first_token_at: numbers of engine steps: when it came, when
+            its first token comes at the latest, and when it came (None before).
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        stops: list[tuple[int, ...]],
+        until: Until | None,
+        logprobs: int | None,
+        state: DecoderState | None,
+        keep_state: bool,
+        run: Callable[[], object],
+    ) -> None:
+        self.prompt = prompt
+        self.max_new_tokens, self.sampling, self.keep_state = max_new_tokens, sampling, keep_state
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
+        self.state: DecoderState | None = None
+        self.cached_tokens = 0
+        self.submitted_at = self.first_token_by = 0
+        self.first_token_at: int | None = None
+        self.initial_state = state
+        self.logprobs_count = logprobs
+        self.cancelled = False
+        # Tokens of the prompt that the model has read.
+        self.read_tokens = 0
+        # Asked every step, and a tensor's length is not free.
+        self.prompt_tokens = len(prompt)
+        self._stops, self._until, self._run = stops, until, run
+        self._draws = Draws(seed, 1) if sampling.temperature > 0.0 else None
+        self._history = TokenHistory(prompt.tolist()) if sampling.adjusts else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there will be no further token."""
+        return self.finish_reason is not None
+
+    def cancel(self) -> None:
+        """End the request before the engine's next step; its slot is free from then on."""
+        self.cancelled = True
+
+    def result(self) -> list[int]:
+        """Run the engine until the request has finished; returns its ``token_ids``.
+
+        Raises:
+            Exception: the request's own error.
+        """
+        while not self.finished:
+            self._run()
+        if self.error is not None:
+            raise self.error
+        return self.token_ids
+
+    def __iter__(self) -> Iterator[int]:
+        given = 0
+        while True:
+            while given < len(self.token_ids):
+                given += 1
+                yield self.token_ids[given - 1]
+            if self.finished:
+                self.result()
+                return
+            self._run()
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether penalties or a bias change the request's logits."""
+        return self._history is not None
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """The logits [vocab_size] after the request's penalties and bias."""
+        return logits if self._history is None else self._history.adjust(logits, self.sampling)
+
+    def uniform(self) -> float:
+        """The uniform number of the next draw; 0 for a greedy request."""
+        return 0.0 if self._draws is None else self._draws.one(0)
+
+    def take(self, token: int) -> None:
+        """Record the next token, and whether it is the last."""
+        self.token_ids.append(token)
+        if self._history is not None:
+            self._history.add(token)
+        if self._stops and ends_with_stop(self.token_ids, self._stops):
+            self.finish_reason = "stop"
+        elif self._ends():
+            self.finish_reason = self.finish_reason or "stop"
+        elif len(self.token_ids) == self.max_new_tokens:
+            self.finish_reason = "length"
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error of its own."""
+        self.error, self.finish_reason = error, "error"
+
+    def _ends(self) -> bool:
+        if self._until is None:
+            return False
+        try:
+            return bool(self._until(self.token_ids))
+        except Exception as error:
+            # The caller's mistake ends the caller's request, and ``result`` raises it.
+            self.fail(error)
+            return True

@@ -1,0 +1,132 @@
+"""AdamW whose moments, and parameters if wanted, are bfloat16, rounded stochastically."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The bits of a float32 that a bfloat16 does not have.
+_LOW_BITS = 16
+
+
+def round_stochastically(x: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up or down at random with x as the mean.
+
+    To the nearest a moment stands still once its steps are below half a last place (2^-9 of it, at
+    beta_2 = 0.999 every step), and so does a parameter whose updates are; at random they move on
+    average as they should (Zamirai et al. 2020, arXiv:2010.06192). The random numbers are torch's,
+    so a run that restores its random state repeats them.
+    """
+    noise = torch.randint(0, 1 << _LOW_BITS, x.shape, dtype=torch.int32, device=x.device)
+    bits = x.contiguous().view(torch.int32) + noise
+    return (bits & -(1 << _LOW_BITS)).view(torch.float32).to(torch.bfloat16)
+
+
+def _update(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    keep: Tensor,
+    rate: Tensor,
+    correction: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of one tensor and its moments, in place.
+
+    keep is 1 - lr decay, rate is lr / (1 - beta_1^t), correction 1 / (1 - beta_2^t): float32 [], since
+    a compiled graph takes another number for another graph.
+    """
+    beta1, beta2 = betas
+    grad, value = grad.float(), parameter.float()
+    first = exp_avg.float().lerp_(grad, 1 - beta1)
+    second = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exp_avg.copy_(round_stochastically(first))
+    exp_avg_sq.copy_(round_stochastically(second))
+    value = value.mul_(keep).sub_(first.div_(second.mul_(correction).sqrt_().add_(eps)).mul_(rate))
+    if parameter.dtype == torch.bfloat16:
+        parameter.copy_(round_stochastically(value))
+    elif value is not parameter:
+        parameter.copy_(value)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The same memory as one dim, and no view, whose base the compiler would look at."""
+    if not x.is_contiguous():
+        raise ValueError(
+            f"a parameter has strides {x.stride()}; expected a contiguous one for a compiled step; "
+            "use parameter.contiguous()"
+        )
+    storage, offset, size = x.untyped_storage(), x.storage_offset(), (x.numel(),)
+    return x.new_empty(0).set_(storage, offset, size)  # pyrefly: ignore[no-matching-overload]
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with 4 bytes of state a parameter, not 8.
+
+    m = beta_1 m + (1 - beta_1) g;  v = beta_2 v + (1 - beta_2) g^2;
+    p = p (1 - lr decay) - lr (m / (1 - beta_1^t)) / (sqrt(v / (1 - beta_2^t)) + eps)
+
+    in float32, with m and v as they are before they are rounded for the next step. Parameters are
+    float32, or bfloat16 ones that are rounded the same way. One tensor at a time: what a step
+    allocates is a few float32 copies of the largest; compiled, it is one pass without any.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        compile_backend: str | None = None,
+    ) -> None:
+        """As torch.optim.AdamW; TypeError for parameters of another dtype.
+
+        compile_backend lets torch.compile make the graph of a step, for tensors of any size.
+        """
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self._update, self._compiled = _update, compile_backend is not None
+        if compile_backend is not None:
+            self._update = torch.compile(
+                _update, fullgraph=True, dynamic=True, backend=compile_backend
+            )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dtype not in (torch.float32, torch.bfloat16):
+                    raise TypeError(
+                        f"a parameter is {parameter.dtype}; expected float32 or bfloat16 for "
+                        "bfloat16 moments; set optimizer.states = 'float32'"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
+        """Update the parameters that have gradients; a closure is not called."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+
+    def _step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), lr = self.state[parameter], group["betas"], group["lr"]
+        if not state:
+            # On the CPU: the step decides numbers of the host, and reading it must not wait.
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+        state["step"] += 1
+        step = int(state["step"])
+        numbers = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / (1 - beta2**step))
+        tensors = (parameter, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        if self._compiled:
+            tensors = tuple(_flat(x) for x in tensors)
+        self._update(
+            *tensors,
+            *(torch.tensor(number, dtype=torch.float32) for number in numbers),
+            betas=(beta1, beta2),
+            eps=group["eps"],
+        )

@@ -1,0 +1,64 @@
+"""One micro-batch's gradient: of the whole batch at once, or segment by segment."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transnormer.models.decoder import Decoder
+from transnormer.models.segments import backward_in_segments, check_segments
+from transnormer.train.objectives import Objective
+from transnormer.train.objectives.base import to_device
+from transnormer.train.precision import autocast_for
+
+# (model, batch on the CPU, divisor) -> summed loss in nats, no graph. Adds the gradient of the
+# summed loss / divisor to the parameters.
+Backward = Callable[[Any, Any, float], Tensor]
+
+
+def make_backward(
+    objective: Objective,
+    model: torch.nn.Module,
+    device: torch.device,
+    precision: str,
+    segment_tokens: int | None,
+) -> Backward:
+    """Choose how a run makes its gradients; NotImplementedError where the model refuses segments.
+
+    Args:
+        objective: of the run.
+        model: of the run.
+        device: where the model is.
+        precision: "bfloat16" puts every forward pass under autocast.
+        segment_tokens: of the run; None takes every batch whole.
+    """
+
+    def context() -> AbstractContextManager[object]:
+        return autocast_for(precision, device) or nullcontext()
+
+    def whole(model: Any, batch: Any, divisor: float) -> Tensor:
+        with context():
+            loss = objective.loss(model, to_device(batch, device))
+        (loss / divisor).backward()
+        return loss.detach()
+
+    def in_segments(model: Any, batch: Any, divisor: float) -> Tensor:
+        assert segment_tokens is not None
+        # The bounds stay on the CPU, where the segments are planned.
+        return backward_in_segments(
+            model,
+            batch.input_ids.to(device, non_blocking=True),
+            batch.labels.to(device, non_blocking=True),
+            segment_tokens=segment_tokens,
+            cu_seqlens=batch.cu_seqlens,
+            divisor=divisor,
+            context=context,
+        )
+
+    if segment_tokens is None:
+        return whole
+    assert isinstance(model, Decoder)
+    check_segments(model)
+    return in_segments

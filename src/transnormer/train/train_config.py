@@ -1,0 +1,53 @@
+"""The `[train]` table of a run: how long, how fast, in how much memory."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from transnormer.config import Config
+from transnormer.models.recompute import Checkpointing
+
+
+class TrainConfig(Config):
+    """The loop.
+
+    Attributes:
+        steps: updates in all; the schedule spans them.
+        tokens_per_step: a multiple of data.seq: one update's samples times data.seq.
+        seed: of initialisation, dropout and the order of samples.
+        eval_every: steps between evaluations on the held-out part; 0 is only before and after.
+        eval_bytes: evaluate on so many bytes, spread over the held-out part; 0 is all of it, and
+            the one that classification takes.
+        save_every: steps between checkpoints; 0 is only at the end.
+        keep_last: checkpoints that are kept; 0 keeps all.
+        precision: `auto` is bfloat16 autocast on a GPU and on a CPU with AMX, float32 elsewhere.
+        weights: what parameters and their gradients are kept in. `bfloat16` halves both, and wants
+            `optimizer.states` and `precision` to be bfloat16 too: updates are then rounded
+            stochastically, none is lost.
+        micro_batch: samples in one forward pass, whose gradients add up; None is all of a step.
+        segment_tokens: tokens of a row whose activations exist at once: the gradient of the whole
+            row is made segment by segment, exactly (models/segments.py). None is all of them.
+        checkpointing: what blocks keep for the backward pass: everything, what is dear to compute
+            again, or their inputs alone (models/recompute.py).
+        compile: compile the blocks, each kind once (models/compilation.py), and the update of
+            bfloat16 moments; evaluations stay uncompiled.
+        max_minutes: stop after the step in which the run's own time exceeds it (over all its
+            resumptions). The schedule is by steps and is cut off.
+        device: `auto` is the first GPU, or the CPU where there is none.
+    """
+
+    steps: int = Field(ge=1)
+    tokens_per_step: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    eval_every: int = Field(default=0, ge=0)
+    eval_bytes: int = Field(default=0, ge=0)
+    save_every: int = Field(default=0, ge=0)
+    keep_last: int = Field(default=2, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["float32", "bfloat16"] = "float32"
+    micro_batch: int | None = Field(default=None, ge=1)
+    segment_tokens: int | None = Field(default=None, ge=1)
+    checkpointing: Checkpointing = "none"
+    compile: bool = False
+    max_minutes: float | None = Field(default=None, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"

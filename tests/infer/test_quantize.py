@@ -1,0 +1,139 @@
+"""Weight-only integers: how far outputs move, what they weigh, and that everything still runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoder_cases import VOCAB, make_ids, make_model
+from engine_cases import GREEDY, alone, engine_of
+from tolerances import QUANTIZED_LOGITS, relative_error
+from torch import nn
+
+from transnormer.infer.gptq import gptq
+from transnormer.infer.quantize import quantize
+from transnormer.models import zoo
+from transnormer.models.decoder import Decoder
+from transnormer.models.state import DecoderState
+
+
+def wide_model(dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """A model whose rows have 64 and 128 weights."""
+    config = zoo.tnl_custom(vocab_size=VOCAB, model_dim=64, num_layers=2, heads=2, glu_dim=128)
+    return make_model(config.model_copy(update={"init_std": 0.1}), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_logits_move_by_the_rounding_of_the_weights(bits: int, dtype: torch.dtype) -> None:
+    model, ids = wide_model(dtype), make_ids(2, 30)
+    exact = model(ids).logits
+    quantize(model, bits, group_size=32)
+    error = relative_error(model(ids).logits, exact)
+    assert QUANTIZED_LOGITS[bits] / 8 <= error <= QUANTIZED_LOGITS[bits]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_only_projections_inside_blocks_change(bits: int) -> None:
+    model, original = wide_model(), wide_model()
+    quantize(model, bits, group_size=32)
+    for name, x in original.named_parameters():
+        changed = type(model.get_parameter(name)) is not type(x)
+        owner = original.get_submodule(name.rpartition(".")[0])
+        assert changed == (isinstance(owner, nn.Linear) and name.startswith("blocks."))
+        if changed:
+            assert model.get_parameter(name).qdata.dtype == torch.int8
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_engine_runs_what_is_quantised(bits: int, tmp_path: Path) -> None:
+    model = wide_model(torch.float32)
+    plain = model.fingerprint()
+    quantize(model, bits, group_size=32)
+    engine = engine_of(model, ring=16)
+    prompt = make_ids(1, 6)[0]
+    request = engine.submit(prompt, max_new_tokens=8, sampling=GREEDY, keep_state=True)
+    assert request.result() == alone(model, prompt, 8, temperature=0.0)
+    assert model.fingerprint() != plain
+    request.state.save(tmp_path / "state", model)
+    assert DecoderState.load(tmp_path / "state", model).positions.tolist() == [14]
+    with pytest.raises(ValueError, match="is the state of the model"):
+        DecoderState.load(tmp_path / "state", wide_model(torch.float32))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="bits is 3; expected 8 or 4"):
+        quantize(make_model(), 3)
+    with pytest.raises(ValueError, match=r"group_size is 48; expected a divisor of the 64 inputs"):
+        quantize(wide_model(), 4, group_size=48)
+
+
+def correlated(tokens: int, inputs: int) -> torch.Tensor:
+    """Inputs with strong correlations, as activations have."""
+    return torch.randn(tokens, 8) @ torch.randn(8, inputs) + 0.1 * torch.randn(tokens, inputs)
+
+
+def dense(ints: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return ints * scales.repeat_interleave(ints.shape[1] // scales.shape[1], 1)
+
+
+def test_gptq_keeps_outputs_closer_than_rounding_does() -> None:
+    weight, x, unseen = torch.randn(24, 64), correlated(500, 65), correlated(1, 1)
+    x, unseen = x[:400, :64], x[400:, :64]
+    nearest = dense(*gptq(weight, torch.eye(64), 32))
+    rounded = dense(*gptq(weight, x.T @ x, 32))
+    assert relative_error(unseen @ rounded.T, unseen @ weight.T) < 0.5 * relative_error(
+        unseen @ nearest.T, unseen @ weight.T
+    )
+
+
+def test_gptq_of_independent_inputs_is_rounding_to_the_nearest() -> None:
+    weight = torch.randn(5, 24)
+    ints, scales = gptq(weight, 3.0 * torch.eye(24), 8)
+    groups = weight.unflatten(1, (3, 8))
+    exact = groups.abs().amax(-1) / 7
+    assert torch.allclose(scales, exact)
+    assert torch.equal(ints, (groups / exact[..., None]).round().flatten(1).to(torch.int8))
+
+
+def test_gptq_stands_inputs_and_weights_that_are_always_zero() -> None:
+    weight, x = torch.randn(4, 16), torch.randn(50, 16)
+    weight[1], x[:, 3] = 0.0, 0.0
+    ints, scales = gptq(weight, x.T @ x, 8)
+    assert not ints[1].any()
+    assert torch.isfinite(scales).all()
+    assert torch.isfinite(dense(*gptq(weight, torch.zeros(16, 16), 8))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_calibrated_models_are_closer_than_rounded_ones(dtype: torch.dtype) -> None:
+    ids, texts = make_ids(2, 40, seed=9), [make_ids(4, 60, seed=seed) for seed in range(3)]
+    exact = wide_model(dtype)(ids).logits
+    errors = []
+    for calibration in (None, texts):
+        model = wide_model(dtype)
+        quantize(model, 4, group_size=32, calibration=calibration)
+        errors.append(relative_error(model(ids).logits, exact))
+        assert model.blocks[1].token_mixer.out_proj.weight.qdata.dtype == torch.int8
+    assert errors[1] < errors[0]
+    with pytest.raises(ValueError, match="calibration is given; expected None for 8 bits"):
+        quantize(wide_model(), 8, calibration=texts)
+
+
+def test_calibration_uses_the_inputs_that_the_rounded_blocks_before_give() -> None:
+    texts = [make_ids(4, 60, seed=seed) for seed in range(2)]
+    model, original = wide_model(torch.float32), wide_model(torch.float32)
+    quantize(model, 4, group_size=32, calibration=texts)
+    for index in range(2):
+        projection = model.blocks[index].token_mixer.qkvu_proj
+        inputs: list[torch.Tensor] = []
+        hook = projection.register_forward_pre_hook(
+            lambda module, arguments, inputs=inputs: inputs.append(arguments[0].flatten(0, 1))
+        )
+        for ids in texts:
+            model(ids)
+        hook.remove()
+        moments = sum(x.T @ x for x in inputs)
+        weight = original.blocks[index].token_mixer.qkvu_proj.weight
+        assert torch.equal(projection.weight.qdata, gptq(weight, moments, 32)[0])
+        nearest = gptq(weight, torch.eye(64), 32)[0]
+        assert not torch.equal(projection.weight.qdata, nearest)

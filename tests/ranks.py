@@ -1,0 +1,99 @@
+"""Processes that talk to each other over gloo, started once a test session and used by all tests.
+
+A test hands a function of an importable module (tests/*.py) to ``Ranks.run``; it is called on so many
+ranks as ``function(group, *args)``, and what each rank returned comes back in the order of ranks.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SIZES = (1, 2, 3, 4, 8)
+_IMPORTS = ["transnormer.parallel.layout", "transnormer.train", "torch.distributed.tensor.parallel"]
+# The longest call of a test.
+_PATIENCE = 100.0
+
+
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    """One rank: runs what comes through the pipe until None comes."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    groups = {n: dist.new_group(list(range(n))) for n in SIZES if n <= size}
+    # Bytes: a pipe's own pickling shares memory of tensors, which ends with the process.
+    while (call := pickle.loads(pipe.recv_bytes())) is not None:
+        function, count, args = call
+        torch.manual_seed(0)
+        try:
+            answer = (True, function(groups[count], *args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(answer))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """A pool of processes with a gloo group of 1, 2, 3, 4 (and 8) of them; started when first used."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size, self._folder, self._starts = size, folder, 0
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        # Forked from a process that has done the imports: they cost more than all the tests.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTS)
+        self._starts += 1
+        store = str(self._folder / f"store{self._starts}")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.size, store, theirs), daemon=True
+            )
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call the function on the first ``count`` ranks; fails as soon as it fails on one."""
+        if not self._processes:
+            self._start()
+        waiting = dict(zip(self._pipes, range(count)))
+        for pipe in waiting:
+            pipe.send_bytes(pickle.dumps((function, count, args)))
+        results: list[Any] = [None] * count
+        failures: list[str] = []
+        deadline = time.monotonic() + _PATIENCE
+        while waiting:
+            left = max(deadline - time.monotonic(), 0.0)
+            # Ranks may wait for one that has failed.
+            ready: Any = multiprocessing.connection.wait(waiting, 1.0 if failures else left)
+            if not ready:
+                failures.append(f"ranks {sorted(waiting.values())} did not answer")
+                self.close()
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                good, results[rank] = pickle.loads(pipe.recv_bytes())
+                if not good:
+                    failures.append(f"rank {rank}: {results[rank]}")
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        self._pipes, self._processes = [], []

@@ -1,0 +1,97 @@
+"""Segments, checkpointing and compiled blocks in a run: the same updates."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tolerances import COMPILED_LOSS, SEGMENTS
+from torch._dynamo.testing import CompileCounterWithBackend
+from train_cases import Found, Notes, constant_evaluation
+
+from transnormer.models.compilation import compile_blocks
+from transnormer.models.decoder import Decoder
+from transnormer.train import OneProcess, RunConfig, model_setup, run_training
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class Keep(OneProcess):
+    """One process in float64 that keeps the last gradient."""
+
+    def wrap(self, model: Decoder) -> Decoder:
+        return model.double()
+
+    def after_backward(self, model: Decoder) -> None:
+        self.grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_segments_change_no_gradient(make_config: MakeConfig, tmp_path: Path, packing: str) -> None:
+    grads = []
+    for name, override in (("whole", "seed=0"), ("parts", "segment_tokens=7")):
+        config = make_config(
+            "train.steps=1",
+            "train.micro_batch=2",
+            "model.dropout=0",
+            f"data.packing={packing}",
+            f"train.{override}",
+            f"output.dir={tmp_path / name}",
+        )
+        run_training(config, sync=(keep := Keep()))
+        grads.append(keep.grad)
+    assert (grads[0] - grads[1]).norm() <= SEGMENTS * grads[0].norm()
+
+
+def test_a_model_with_a_growing_state_is_refused_before_the_run(make_config: MakeConfig) -> None:
+    config = make_config("train.segment_tokens=8")
+    block = {"token_mixer": {"kind": "softmax", "heads": 2}, "channel_mixer": None}
+    data = config.model_dump() | {"model": {"model_dim": 16, "blocks": [block]}}
+    with pytest.raises(NotImplementedError, match="kind is 'softmax', whose state holds every"):
+        run_training(RunConfig.model_validate(data))
+    assert not Path(config.output.dir).exists()
+
+
+def test_segments_are_for_the_causal_objective(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="train.segment_tokens is 8; expected it unset for"):
+        make_config("train.segment_tokens=8", "objective.kind=masked", "model.causal=false")
+
+
+def test_checkpointing_changes_no_bit(make_config: MakeConfig, tmp_path: Path) -> None:
+    losses = []
+    for mode in ("none", "selective", "full"):
+        config = make_config(f"train.checkpointing={mode}", f"output.dir={tmp_path / mode}")
+        run_training(config, progress=(notes := Notes()))
+        losses.append([report.loss for report in notes.steps])
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_follow_the_plain_run(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(model_setup, "compile_blocks", partial(compile_blocks, backend=counter))
+    losses = {}
+    for compiled in ("false", "true"):
+        config = make_config(
+            f"train.compile={compiled}",
+            "train.eval_every=2",
+            "model.dropout=0",
+            f"output.dir={tmp_path / compiled}",
+        )
+        run_training(config, evaluate=reading, progress=(notes := Notes()))
+        losses[compiled] = [report.loss for report in notes.steps]
+    assert losses["true"] == pytest.approx(losses["false"], rel=COMPILED_LOSS)
+    # Two kinds of blocks, and nothing for the lengths that evaluations read.
+    assert counter.frame_count == 2
+
+
+def reading(model: Decoder, *arguments: Any, progress: object) -> Found:
+    """An evaluation that reads lengths of its own."""
+    for seq in (3, 5, 9):
+        model(torch.zeros(1, seq, dtype=torch.int64))
+    return constant_evaluation(model, *arguments)
