@@ -156,6 +156,7 @@ def main() -> None:
         found[name] = []
         for seq in LENGTHS:
             rows, length = (1, seq // 256) if clock.dry else (max(TOKENS // seq, 1), seq)
+            row: dict[str, Any]
             try:
                 row = measure(module, rows, length, clock, options.profile * (seq == LENGTHS[2]))
             except torch.OutOfMemoryError as error:

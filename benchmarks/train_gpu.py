@@ -91,7 +91,8 @@ def hugging_face_step(sizes: dict[str, int], device: str, *, compiled: bool) -> 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    make: Any = LlamaConfig
+    config = make(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["model_dim"],
         intermediate_size=sizes["glu_dim"],
@@ -104,7 +105,8 @@ def hugging_face_step(sizes: dict[str, int], device: str, *, compiled: bool) -> 
         use_cache=False,
     )
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(torch.bfloat16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     called: Any = torch.compile(model) if compiled else model
 
@@ -199,7 +201,9 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         mine = at("tnl", seq)
         if mine is None:
             continue
-        values = {"tokens_per_second": (mine["tokens_per_second"], least)}
+        values: dict[str, tuple[float, float]] = {
+            "tokens_per_second": (mine["tokens_per_second"], least)
+        }
         for peer, shares in SHARES.items():
             if seq in shares and (other := at(peer, seq)) is not None:
                 value = mine["tokens_per_second"] / other["tokens_per_second"]
@@ -222,6 +226,7 @@ def run_subject(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     step = build(name, device)
     for seq in options.lengths:
         count, length = (max(TOKENS // seq, 1), seq) if device == "cuda" else (2, seq // 64)
+        row: dict[str, Any]
         try:
             with attention_by(name, device):
                 row = measure(step, count, length, device, options.steps, options.profile)
