@@ -45,8 +45,9 @@ quickstart: $(VENV)/.installed-core
 test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory check
 
+# Two processes of one thread each: most tests are too small for two threads to help.
 check: lint types
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not gpu'
 
 lint:
 	$(BIN)/ruff format --check .

@@ -1,14 +1,22 @@
-"""Files and directories that a reader sees whole or not at all; hashes and JSON objects."""
+"""Files and directories that a reader sees whole or not at all; archives, hashes, JSON objects."""
 
+import gzip
 import hashlib
+import importlib
+import io
 import json
+import lzma
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+COMPRESSED_SUFFIXES = (".xz", ".gz", ".zst")
+_BLOCK = 1 << 20
 
 
 def sha256(path: Path) -> str:
@@ -107,3 +115,74 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(data: Mapping[str, Any], path: Path) -> None:
     """Write a JSON object; it is on the disk when this returns."""
     write_synced(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, unpacked; a damaged archive is a ValueError of one line."""
+    try:
+        with _open(path) as stream:
+            yield stream
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; expected a whole {path.suffix} file; fetch it again"
+        ) from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".xz":
+        return lzma.open(path, "rb")
+    if suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(path, "rb"))
+    if suffix == ".zst":
+        return _open_zst(path)
+    return path.open("rb")
+
+
+def _open_zst(path: Path) -> IO[bytes]:
+    try:
+        zstandard = importlib.import_module("zstandard")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"{path} needs zstandard; run: pip install 'transnormer[zstd]'"
+        ) from error
+    return io.BufferedReader(_ZstReader(zstandard, path))
+
+
+class _ZstReader(io.RawIOBase):
+    """A .zst file as a stream of bytes; a file that ends within a frame raises EOFError."""
+
+    def __init__(self, zstandard: Any, path: Path) -> None:
+        self._zstandard = zstandard
+        self._file = path.open("rb")
+        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        self._input = self._output = b""
+        self._inside = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            data = self._input or self._file.read(_BLOCK)
+            self._input = b""
+            if not data:
+                if self._inside:
+                    raise EOFError("it ends within a frame")
+                return 0
+            try:
+                self._output = self._decompressor.decompress(data)
+            except self._zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self._inside = not self._decompressor.eof
+            if self._decompressor.eof:
+                self._input = self._decompressor.unused_data
+                self._decompressor = self._zstandard.ZstdDecompressor().decompressobj()
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

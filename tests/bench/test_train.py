@@ -26,9 +26,11 @@ from transnormer.bench.parts import (
 from transnormer.bench.train import bench_train
 from transnormer.cli.app import app
 from transnormer.cli.bench import describe
+from transnormer.data import tokenize_corpus
 from transnormer.models.cost import ModelCost
 from transnormer.models.decoder import Decoder
 from transnormer.models.device_peaks import Peak
+from transnormer.train.objectives import Objective
 
 RECIPE = """
 [model]
@@ -140,6 +142,31 @@ def test_the_command_reads_no_data_and_writes_nothing(tmp_path: Path) -> None:
     found = json.loads(result.stdout.splitlines()[-1])
     assert [part["part"] for part in found["parts"]] == list(PARTS)
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_the_shortest_packed_row_is_timed(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, "data.packing=documents", "data.seq=1", "train.tokens_per_step=1")
+    assert bench_train(config, steps=1, warmup=1).tokens == 1
+
+
+def test_a_tokenised_path_brings_its_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, made = tiny_run(tmp_path).data.path, tmp_path / "made"
+    tokenize_corpus(str(corpus), "bpe:270", made)
+
+    def set_up(config: object, objective: Objective, *rest: object) -> None:
+        raise InterruptedError(objective.build_model().config.vocab_size)
+
+    monkeypatch.setattr("transnormer.bench.train.set_up", set_up)
+    with pytest.raises(InterruptedError, match="270"):
+        bench_train(tiny_run(tmp_path, f"data.path={made}"))
+
+
+@pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "sp", "tp"])
+def test_a_run_of_several_processes_is_refused(tmp_path: Path, axis: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"parallel.{axis} is 2; expected 1"):
+        bench_train(tiny_run(tmp_path, f"parallel.{axis}=2"))
 
 
 def test_what_cannot_be_timed_is_refused(tmp_path: Path) -> None:

@@ -216,6 +216,27 @@ def test_one_row_whose_positions_begin_anew_is_packed() -> None:
         bounds = torch.tensor([0, 4, 11, 13], dtype=torch.int32)
         found = model(ids, position_ids=where, cu_seq_lens_q=bounds).logits
         assert_logits_agree(found, exact, SPLIT_CPU)
+        assert_logits_agree(model(ids, position_ids=where[0]).logits, exact, SPLIT_CPU)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_model_packs_as_an_eager_one(masked: bool) -> None:
+    _, model = pair()
+    parts = [make_ids(1, n, seed=n) for n in (4, 7)]
+    ids = torch.cat(parts, 1)
+    where = torch.cat([torch.arange(x.shape[1]) for x in parts])[None]
+    mask = torch.ones_like(ids) if masked else None
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        exact = torch.cat([model(x).logits for x in parts], 1)
+        found = compiled(ids, position_ids=where, attention_mask=mask, use_cache=False).logits
+    assert_logits_agree(found, exact, SPLIT_CPU)
+
+
+def test_ids_without_a_batch_are_refused() -> None:
+    _, model = pair()
+    with pytest.raises(ValueError, match=r"the input has shape \[5\]"):
+        model(make_ids(1, 5)[0])
 
 
 def test_hidden_states_are_those_between_the_blocks() -> None:

@@ -65,6 +65,24 @@ def test_what_does_not_fit_is_refused() -> None:
         quantize(make_model(), 3)
     with pytest.raises(ValueError, match=r"group_size is 48; expected a divisor of the 64 inputs"):
         quantize(wide_model(), 4, group_size=48)
+    with pytest.raises(ValueError, match="group_size is 0; expected at least 1"):
+        quantize(wide_model(), 4, group_size=0)
+    with pytest.raises(TypeError, match="group_size is 32.0; expected an integer"):
+        quantize(wide_model(), 4, group_size=32.0)
+    model = wide_model()
+    quantize(model, 8)
+    with pytest.raises(ValueError, match=r"qkvu_proj.weight is a Int8Tensor; expected plain wei"):
+        quantize(model, 4, group_size=32)
+
+
+def test_calibration_without_texts_is_refused_and_bad_texts_leave_nothing_behind() -> None:
+    model = wide_model()
+    with pytest.raises(ValueError, match="calibration is empty; expected at least one batch"):
+        quantize(model, 4, group_size=32, calibration=iter(()))
+    with pytest.raises(ValueError, match="input_ids holds"):
+        quantize(model, 4, group_size=32, calibration=[make_ids(1, 8), make_ids(1, 8) + VOCAB])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(type(x) is nn.Parameter for x in model.parameters())
 
 
 def correlated(tokens: int, inputs: int) -> torch.Tensor:

@@ -188,6 +188,23 @@ def test_states_that_grow_are_refused(name: str) -> None:
         backward_in_segments(model, ids, ids, segment_tokens=4)
 
 
+@pytest.mark.parametrize("bounds", [[2, 8], [0, 4], [0, 4, 12], [0, 5, 3, 8], [0, -1, 8]])
+def test_bounds_that_do_not_fit_the_row_are_refused(bounds: list[int]) -> None:
+    model, ids = make_model(), make_ids(1, 8)
+    packed = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match="expected non-decreasing values from 0 to seq, which is 8"
+    ):
+        backward_in_segments(model, ids, ids, segment_tokens=4, cu_seqlens=packed)
+
+
+def test_rows_without_tokens_are_refused() -> None:
+    ids = make_ids(1, 8)
+    for wrong, what in ((ids[:, :0], "at least one token"), (ids[0], r"expected \[batch, seq\]")):
+        with pytest.raises(ValueError, match=what):
+            backward_in_segments(make_model(), wrong, wrong, segment_tokens=4)
+
+
 def test_wrong_arguments_are_refused() -> None:
     model, ids = make_model(), make_ids(1, 8)
     with pytest.raises(ValueError, match="segment_tokens is 0; expected at least 1"):

@@ -124,6 +124,12 @@ def test_a_sequence_of_pads_alone_gives_no_nan(causal: bool, packed: bool) -> No
         assert_close(y[:, 7:], alone.detach())
 
 
+def test_no_tokens_have_no_outputs() -> None:
+    mixer = LightNetConfig(heads=2).build(8, 0, 1, causal=False)
+    x = torch.zeros(2, 0, 8)
+    assert mixer(x, positions=torch.zeros(2, 0, dtype=torch.int64))[0].shape == x.shape
+
+
 def test_keys_of_any_size_have_finite_gradients() -> None:
     mixer = build(dtype=torch.float32)
     torch.nn.init.normal_(mixer.k_proj.weight, std=300.0)

@@ -72,6 +72,17 @@ def test_state_is_the_sum_of_decayed_tokens() -> None:
     assert state.shape == mixer.empty_state(2).shape
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_tokens_keep_the_state(packed: bool, causal: bool) -> None:
+    mixer = build(causal=causal)
+    x, state = torch.zeros(1, 0, DIM, dtype=torch.float64), torch.randn(1, 3, DIM).double()
+    bounds = torch.tensor([0, 0]) if packed else None
+    y, after = run(mixer, x, state=state, cu_seqlens=bounds)
+    assert y.shape == x.shape
+    assert after is None if not causal else torch.equal(after, state)
+
+
 def test_gradients_match_those_of_the_dense_matrix() -> None:
     mixer = build()
     x = torch.randn(1, 70, DIM, dtype=torch.float64, requires_grad=True)

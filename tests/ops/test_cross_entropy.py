@@ -81,6 +81,14 @@ def test_wrong_arguments_are_refused() -> None:
         linear_cross_entropy(x, weight[:, :-1], labels)
     with pytest.raises(ValueError, match="x"):
         linear_cross_entropy(x[None], weight, labels)
+    with pytest.raises(ValueError, match=r"weight has shape \[\]"):
+        linear_cross_entropy(x, torch.tensor(1.0), labels)
+    with pytest.raises(TypeError, match="weight is torch.float16"):
+        linear_cross_entropy(x, weight.half(), labels)
+    with pytest.raises(TypeError, match="x is torch.int64"):
+        linear_cross_entropy(x.long(), weight.long(), labels)
+    with pytest.raises(TypeError, match="labels is list"):
+        linear_cross_entropy(x, weight, labels.tolist())
 
 
 def test_compiles_whole() -> None:
@@ -135,6 +143,14 @@ def test_the_kernel_takes_half_precision_in_strides() -> None:
         ("weight", weight.grad, wide[1].grad),
     ):
         assert_close(actual, wanted, limit=GRADIENT[torch.float16], name=name)
+
+
+def test_a_second_derivative_of_the_sum_is_refused_not_zero() -> None:
+    x, weight, labels = make(torch.float32)
+    total = linear_cross_entropy(x, weight, labels, reduction="sum", implementation="triton")
+    (grad,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), x)
 
 
 def test_the_kernel_forms_no_gradient_that_nobody_wants() -> None:

@@ -156,6 +156,7 @@ def test_the_library_op_of_the_kernels_passes_opcheck() -> None:
         ({"a": torch.zeros(2, 3, WIDTH, 2).double()}, TypeError, "a is torch.float64"),
         ({"initial_state": torch.zeros(3, WIDTH, 2)}, ValueError, "initial_state has shape"),
         ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "batch is 2"),
+        ({"cu_seqlens": torch.tensor(3)}, ValueError, r"cu_seqlens has shape \[\]"),
         ({"implementation": "none"}, ValueError, "implementation of complex_scan is 'none'"),
     ],
 )

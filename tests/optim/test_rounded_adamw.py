@@ -30,6 +30,13 @@ def test_rounding_keeps_what_bfloat16_holds() -> None:
     assert torch.equal(round_stochastically(x).float(), x)
 
 
+def test_rounding_keeps_every_nan() -> None:
+    # All bits set is what GPUs answer; one bit alone is the nearest to infinity.
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32)
+    for _ in range(20):
+        assert round_stochastically(bits.view(torch.float32)).isnan().all()
+
+
 def test_moments_are_half_as_large_and_the_path_is_near() -> None:
     models = [nn.Linear(64, 64, bias=False) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())

@@ -14,6 +14,7 @@ from transnormer.data import Batch
 from transnormer.models import checkpoint
 from transnormer.optim import OptimizerConfig, build_optimizer
 from transnormer.train import OneProcess, RunConfig, TrainingDiverged, run_training
+from transnormer.train import checkpoints
 from transnormer.train.guard import Guard, GuardConfig, robust_score
 from transnormer.train.metrics import read_records
 from transnormer.train.objectives.windows import WindowObjective
@@ -235,6 +236,28 @@ def test_a_checkpoint_of_steps_given_up_is_removed(make_config: MakeConfig, plan
     assert names() == ["step_00000012"]
     stored = Path(config.output.dir) / "checkpoints" / "step_00000012" / "trainer.json"
     assert json.loads(stored.read_text())["next_sample"] == 4 * 14
+
+
+def test_a_rollback_whose_checkpoint_cannot_be_written_loses_none(
+    make_config: MakeConfig, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(14)
+    config = make_config(*GUARD, "guard.action=rollback", "train.keep_last=1")
+    stopped = config.train.model_copy(update={"steps": 13})
+    run = run_training(config.model_copy(update={"train": stopped})).run_dir
+
+    def full(*args: object, **options: object) -> None:
+        raise RuntimeError("disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_checkpoint", full)
+        with pytest.raises(RuntimeError, match="disk is full"):
+            run_training(config, resume=True)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000013"]
+    parts = run_training(config, resume=True)
+    assert parts.step == 24
+    last = {"train": config.train, "output": type(config.output)(dir=f"{run}-whole")}
+    assert_same_run(run_training(config.model_copy(update=last)).run_dir, parts.run_dir)
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])

@@ -12,7 +12,7 @@ from train_cases import Notes
 
 from transnormer.models import checkpoint
 from transnormer.train import RunConfig, run_training
-from transnormer.train.profiling import Cost, costs, table
+from transnormer.train.profiling import Cost, ProfileConfig, StepProfiler, costs, table
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -50,8 +50,30 @@ def test_a_resumed_run_may_be_profiled(make_config: MakeConfig) -> None:
 
 
 def test_a_run_that_ends_within_its_profile_writes_none(make_config: MakeConfig) -> None:
-    run = run_training(make_config("profile.steps=[5, 100]")).run_dir
-    assert not (run / "profile").exists()
+    config = make_config("profile.steps=[5, 100]")
+    result = run_training(config, progress=(notes := Notes()))
+    assert not (result.run_dir / "profile").exists()
+    told = f"no profile: profile.steps is [5, 100], and the run ended after step {result.step}"
+    assert told in notes.messages
+
+
+def test_steps_behind_the_last_are_told(make_config: MakeConfig) -> None:
+    run_training(make_config("profile.steps=[90, 100]"), progress=(notes := Notes()))
+    assert any(message.startswith("no profile: ") for message in notes.messages)
+
+
+def test_steps_made_again_after_a_rollback_count(tmp_path: Path) -> None:
+    found: list[str] = []
+    profiler = StepProfiler(
+        ProfileConfig(steps=(2, 3)), tmp_path, torch.device("cpu"), found.append
+    )
+    x = torch.ones(2)
+    for step in (1, 2, 1, 2, 3):
+        profiler.before(step)
+        x.exp()
+        profiler.after(step)
+    calls = next(line.split()[2] for line in found if line.endswith(" aten::exp"))
+    assert calls == "1.0"
 
 
 @pytest.mark.parametrize("steps", ["[0, 3]", "[4, 3]"])

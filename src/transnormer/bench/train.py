@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from transnormer.bench.parts import PARTS, floors, time_by_part
-from transnormer.data import Batch, bpe_size, load_tokenizer
+from transnormer.data import Batch, bpe_size
 from transnormer.models.decoder import Decoder
 from transnormer.models.device_peaks import Peak, device_peak
 from transnormer.train.checkpoints import Counters
@@ -21,6 +21,7 @@ from transnormer.train.objectives.base import Counts, Objective, Setting
 from transnormer.train.precision import choose_device, choose_precision
 from transnormer.train.recipe import RunConfig
 from transnormer.train.sync import OneProcess
+from transnormer.train.training_data import given_tokenizer
 from transnormer.train.update import Updater
 from transnormer.train.utilisation import token_share
 
@@ -73,8 +74,9 @@ class _RandomTokens(Objective[Decoder, Batch]):
 
     def __init__(self, setting: Setting) -> None:
         self._config = setting.config
-        name = setting.config.data.tokenizer or "bytes"
-        size = bpe_size(name) or load_tokenizer(name).vocab_size
+        given = given_tokenizer(setting.config)
+        size = bpe_size(setting.config.data.tokenizer or "") if given is None else given.vocab_size
+        assert size is not None
         self._decoder = setting.config.model.build(size, pad=None, bos=None, eos=None)
 
     @property
@@ -94,7 +96,10 @@ class _RandomTokens(Objective[Decoder, Batch]):
         if self._config.data.packing == "stream":
             return Batch(ids[0], ids[1], None)
         length = rows * seq
-        cuts = torch.randint(1, length, (length // _DOCUMENT,), generator=generator).tolist()
+        # Of a single token there is nothing to cut.
+        cuts = torch.randint(
+            1, max(length, 2), (length // _DOCUMENT,), generator=generator
+        ).tolist()
         bounds = sorted({0, length, *range(0, length, seq), *cuts})
         return Batch(
             ids[0].view(1, -1), ids[1].view(1, -1), torch.tensor(bounds, dtype=torch.int32)
@@ -116,19 +121,26 @@ def bench_train(config: RunConfig, *, steps: int = 10, warmup: int = 3) -> StepT
     """Time the updates of a run as its recipe says, on random tokens, without a run directory.
 
     Args:
-        config: of a causal run; its data is not read, its tokenizer only for its vocabulary.
+        config: of a causal run; its data is not read, its tokenizer (also that of a tokenised
+            path) only for its vocabulary.
         steps: timed, and profiled once more after that.
         warmup: updates before.
 
     Raises:
-        NotImplementedError: another objective.
-        ValueError: fewer than one step or warm-up update.
+        NotImplementedError: another objective, or a run of several processes.
+        ValueError: fewer than one step or warm-up update; as ``given_tokenizer``.
     """
     if config.objective.kind != "causal":
         raise NotImplementedError(
             f"objective.kind is {config.objective.kind!r}; expected 'causal': the other "
             "objectives' data is not made at random"
         )
+    for axis in ("dp_replicate", "dp_shard", "sp", "tp"):
+        ranks = getattr(config.parallel, axis) or 1
+        if ranks != 1:
+            raise NotImplementedError(
+                f"parallel.{axis} is {ranks}; expected 1: one process is timed; leave it out"
+            )
     for name, value in (("steps", steps), ("warmup", warmup)):
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")

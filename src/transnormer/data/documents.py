@@ -1,25 +1,18 @@
 """Reading documents: .txt, .md and .jsonl files, plain or compressed, from paths and globs."""
 
 import glob
-import gzip
-import importlib
-import io
 import json
-import lzma
-import zlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from transnormer.data.document import Document
 from transnormer.data.embedded import embedded_documents
+from transnormer.files import COMPRESSED_SUFFIXES, open_file
 
 EMBEDDED = "embedded"
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-COMPRESSED_SUFFIXES = (".xz", ".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
-_BLOCK = 1 << 20
 
 
 def read_documents(
@@ -97,87 +90,16 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     Raises ValueError that names file and line for bad UTF-8, bad JSON and a damaged archive,
     RuntimeError for .zst without zstandard.
     """
-    with _opened(path) as stream:
+    with open_file(path) as stream:
         yield from _json_lines(stream, path)
 
 
 def _read_file(path: Path) -> Iterator[Document]:
-    with _opened(path) as stream:
+    with open_file(path) as stream:
         if _kind(path) == ".jsonl":
             yield from _read_lines(stream, path)
         else:
             yield Document(str(path), _decode(stream.read(), str(path)))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, unpacked; a damaged archive is a ValueError of one line."""
-    try:
-        with _open(path) as stream:
-            yield stream
-    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; expected a whole {path.suffix} file; fetch it again"
-        ) from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".xz":
-        return lzma.open(path, "rb")
-    if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(path, "rb"))
-    if suffix == ".zst":
-        return _open_zst(path)
-    return path.open("rb")
-
-
-def _open_zst(path: Path) -> IO[bytes]:
-    try:
-        zstandard = importlib.import_module("zstandard")
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"{path} needs zstandard; run: pip install 'transnormer[zstd]'"
-        ) from error
-    return io.BufferedReader(_ZstReader(zstandard, path))
-
-
-class _ZstReader(io.RawIOBase):
-    """A .zst file as a stream of bytes; a file that ends within a frame raises EOFError."""
-
-    def __init__(self, zstandard: Any, path: Path) -> None:
-        self._zstandard = zstandard
-        self._file = path.open("rb")
-        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
-        self._input = self._output = b""
-        self._inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            data = self._input or self._file.read(_BLOCK)
-            self._input = b""
-            if not data:
-                if self._inside:
-                    raise EOFError("it ends within a frame")
-                return 0
-            try:
-                self._output = self._decompressor.decompress(data)
-            except self._zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            self._inside = not self._decompressor.eof
-            if self._decompressor.eof:
-                self._input = self._decompressor.unused_data
-                self._decompressor = self._zstandard.ZstdDecompressor().decompressobj()
-        count = min(len(buffer), len(self._output))
-        buffer[:count], self._output = self._output[:count], self._output[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -11,6 +11,7 @@ from transnormer.data.embedded import Split
 from transnormer.data.shards import Manifest, TokenSource, write_shards
 from transnormer.data.tokenizers import BpeTokenizer, Tokenizer, load_tokenizer, train_bpe
 from transnormer.data.tokenizers.bpe import SMALLEST, Digits
+from transnormer.data.tokenizers.seeds import common_han
 from transnormer.files import atomic_directory, write_synced
 
 TRAIN: Split = "train"
@@ -72,6 +73,7 @@ def train_tokenizer(
     *,
     heldout: float | str | None = None,
     digits: Digits = "threes",
+    han: int = 0,
     name: str = "data.path",
 ) -> BpeTokenizer:
     """Train a byte-level BPE on the training part of a corpus and write it to a directory.
@@ -82,6 +84,7 @@ def train_tokenizer(
         directory: must not exist yet, or be empty.
         heldout: what the tokenizer must not see; the same default as tokenize_corpus has.
         digits: how digits are cut; see train_bpe.
+        han: 3755 or 6763 common Chinese characters become a token each; 0 leaves it to the text.
         name: what messages call the pattern.
 
     Beside tokenizer.json lies training.json: the arguments and the sha256 of the text.
@@ -90,13 +93,15 @@ def train_tokenizer(
         digest = hashlib.sha256()
         texts = Corpus(pattern, heldout=heldout, name=name).texts(TRAIN)
         seen = _hashed(first_characters(texts, BPE_CHARACTERS), digest.update)
-        tokenizer = train_bpe(seen, vocab_size, digits=digits)
+        characters = common_han(han) if han else ""
+        tokenizer = train_bpe(seen, vocab_size, digits=digits, characters=characters)
         tokenizer.save(temporary)
         facts = {
             "pattern": pattern,
             "heldout": heldout,
             "vocab_size": vocab_size,
             "digits": digits,
+            "han": han,
             "sha256_text": digest.hexdigest(),
             "fingerprint": tokenizer.fingerprint,
         }

@@ -134,13 +134,18 @@ class AnyTransnormerBody(AnyTransnormerModel):
             raise ValueError("expected one of input_ids and inputs_embeds; pass one of them")
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
+        if given.dim() != (3 if input_ids is None else 2):
+            raise ValueError(
+                f"the input has shape {list(given.shape)}; expected input_ids [batch, seq] or "
+                "inputs_embeds [batch, seq, hidden_size]"
+            )
         cache = _checked_cache(past_key_values)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         mask = needed_mask(attention_mask, given.shape[1])
         cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None and cache is None and mask is None:
-            cu_seqlens = packed_bounds(position_ids)
+        if cu_seqlens is None and cache is None:
+            cu_seqlens = packed_bounds(position_ids, mask)
         if cache is None and use_cache and self.transnormer.config.causal and cu_seqlens is None:
             cache = DecoderCache()
         if position_ids is not None:
@@ -242,20 +247,27 @@ def needed_mask(attention_mask: Tensor | None, seq: int) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def packed_bounds(position_ids: Tensor | None) -> Tensor | None:
+def packed_bounds(position_ids: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
     """Bounds of the sequences of one row whose positions begin anew inside; None where they do not.
 
     Args:
-        position_ids: [1, seq]; other numbers of rows are not packed.
+        position_ids: [1, seq] or [seq]; other numbers of rows are not packed.
+        mask: bool [1, seq] or None. Where it hides something, positions say nothing of packing.
 
     Returns:
         int32 [num_sequences + 1].
     """
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] != 1:
+    if position_ids is None or position_ids.dim() > 2 or position_ids.shape[:-1] not in ((), (1,)):
         return None
-    if torch.compiler.is_compiling():
+    return _bounds(position_ids, mask)
+
+
+# How many there are depends on values. The compiler must not take a packed row for one text.
+@torch.compiler.disable
+def _bounds(position_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+    if mask is not None and not bool(mask.all()):
         return None
-    row = position_ids[0]
+    row = position_ids.flatten()
     starts = (row[1:] != row[:-1] + 1).nonzero()[:, 0] + 1
     if starts.numel() == 0:
         return None

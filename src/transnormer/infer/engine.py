@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from transnormer.infer.engine_config import EngineConfig, QueueFull
-from transnormer.infer.lookup import PromptLookup
 from transnormer.infer.pool import GrowingPool, make_pool
 from transnormer.infer.prefix_cache import PrefixCache
-from transnormer.infer.prompts import Stop, checked_ids, checked_state, checked_stops
+from transnormer.infer.prompts import (
+    Stop,
+    check_counts,
+    check_sampling,
+    checked_ids,
+    checked_state,
+    checked_stops,
+    positions_of,
+)
 from transnormer.infer.request import Request, Until
 from transnormer.infer.sampling import SamplingConfig, draw, raised, token_logprobs, unusable_rows
 from transnormer.models.decoder import Decoder
@@ -69,8 +76,8 @@ class Engine:
         self._queue: deque[Request] = deque()
         self._running: list[Request | None] = [None] * self.config.slots
         self._keys: dict[int, list[bytes]] = {}
-        self._drafters: dict[int, PromptLookup] = {}
-        self._lock = threading.Lock()
+        self._lock, self._stepping = threading.Lock(), threading.Lock()
+        self._positions = positions_of(model.config)
         alone = self.config.batch_invariant and isinstance(self.pool, GrowingPool)
         self._largest = 1 if alone else self.config.slots
 
@@ -121,21 +128,10 @@ class Engine:
         if ids.dim() != 1:
             raise ValueError(f"prompt has shape {list(ids.shape)}; expected [tokens]")
         config = self.model.config
-        ids = checked_ids("prompt", ids, config.vocab_size)
-        for name, value, least in (
-            ("max_new_tokens", max_new_tokens, 0),
-            ("logprobs", 0 if logprobs is None else logprobs, 0),
-            ("seed", 0 if seed is None else seed, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}; expected an integer")
-            if value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
-        for token, _ in sampling.logit_bias:
-            if token >= config.vocab_size:
-                raise ValueError(
-                    f"logit_bias names the token {token}; expected less than {config.vocab_size}"
-                )
+        # The caller may fill the same tensor with the next prompt while this one waits.
+        ids = checked_ids("prompt", ids, config.vocab_size).clone()
+        check_counts(max_new_tokens=max_new_tokens, logprobs=logprobs, seed=seed)
+        check_sampling(sampling, config.vocab_size)
         state = checked_state(state, self.model, ids, max_new_tokens)
         request = Request(
             ids,
@@ -166,15 +162,48 @@ class Engine:
         return request
 
     def step(self) -> bool:
-        """Give every running request a token; returns whether there is work left."""
+        """Give every running request a token; returns whether there is work left.
+
+        An exception of the model, or an interrupt, ends every running request with an error: how
+        far their states have come is not known. Those that wait are served by the next steps.
+
+        Raises:
+            RuntimeError: a step is running, in another thread or around an ``until``.
+        """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError(
+                "a step is running; expected one at a time; call step, run and result from one "
+                "thread, and not from until"
+            )
+        try:
+            return self._step()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        finally:
+            self._stepping.release()
+
+    def _abandon(self, cause: BaseException) -> None:
+        """End all that runs: a step that broke off may have advanced some states and not others."""
+        for slot, request in enumerate(self._running):
+            if request is None:
+                continue
+            if request.keep_state or not request.finished:
+                error = RuntimeError(f"a step broke off with {cause!r}; submit the request again")
+                error.__cause__ = cause
+                request.fail(error)
+            self._free(slot)
+
+    def _step(self) -> bool:
         self.steps += 1
         self._admit()
         slots = [s for s, r in enumerate(self._running) if r is not None and r.token_ids]
         ready = self._prefill()
         for start in range(0, len(slots), self._largest):
             ready += self._decode(slots[start : start + self._largest])
-        for part, logits in _together(ready):
-            self._draw(part, logits)
+        if ready:
+            # One draw for all: a device is waited for once.
+            self._draw([s for part, _ in ready for s in part], torch.cat([x for _, x in ready]))
         for slot, request in enumerate(self._running):
             if request is not None and request.finished:
                 self._release(slot, request)
@@ -225,7 +254,7 @@ class Engine:
         else:
             self.pool.write([slot], state.to(self.pool.device))
         if self.config.draft_tokens:
-            self._drafters[slot] = PromptLookup(request.prompt.tolist())
+            request.look_up_drafts()
 
     def _prefill(self) -> list[tuple[list[int], Tensor]]:
         """Read a piece of every prompt that is not read; the logits of those that now are."""
@@ -290,12 +319,13 @@ class Engine:
     def _decode(self, slots: list[int]) -> list[tuple[list[int], Tensor]]:
         """Read the last tokens of some slots; their logits, unless drafts were confirmed at once."""
         unread = [[self._request(slot).token_ids[-1]] for slot in slots]
-        drafts = [self._draft(slot) for slot in slots] if self.config.draft_tokens else []
+        width, drafts = self.config.draft_tokens, []
+        if self._may_draft(slots):
+            drafts = [self._request(slot).draft(width) for slot in slots]
         rows = self._bucket(len(slots))
         if not any(drafts):
             logits = self.pool.decode(torch.tensor(unread), slots, rows)
             return [(slots, logits[:, 0])]
-        width = self.config.draft_tokens
         ids = [
             [*first, *draft, *[0] * (width - len(draft))] for first, draft in zip(unread, drafts)
         ]
@@ -318,12 +348,10 @@ class Engine:
         self.pool.keep(counts)
         return []
 
-    def _draft(self, slot: int) -> list[int]:
-        request = self._request(slot)
-        left = request.max_new_tokens - len(request.token_ids) - 1
-        if slot not in self._drafters or left < 1:
-            return []
-        return self._drafters[slot].propose(min(self.config.draft_tokens, left))
+    def _may_draft(self, slots: list[int]) -> bool:
+        """Whether every row has positions for the longest draft: all are filled up to its width."""
+        ends = [self._request(slot).position + self.config.draft_tokens for slot in slots]
+        return bool(self.config.draft_tokens) and max(ends) <= (self._positions or max(ends))
 
     def _draw(self, slots: list[int], logits: Tensor) -> None:
         """Draw the next token of some slots from logits [n, vocab_size]."""
@@ -340,22 +368,13 @@ class Engine:
         tokens, bad = torch.stack([drawn, unusable_rows(adjusted).long()]).tolist()
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             if bad[row]:
-                largest = adjusted[row].amax().item()
-                request.fail(
-                    ValueError(
-                        f"the largest logit of the request is {largest}; expected a finite "
-                        "number; its state, its bias or the weights hold NaN or infinity, or "
-                        "every token is forbidden"
-                    )
-                )
+                request.fail_at(adjusted[row].amax().item())
                 continue
             if request.first_token_at is None:
                 request.first_token_at = self.steps
             if request.logprobs_count is not None:
                 request.logprobs.append(token_logprobs(logits[row], token, request.logprobs_count))
             request.take(token)
-            if slots[row] in self._drafters:
-                self._drafters[slots[row]].add(token)
 
     def _request(self, slot: int) -> Request:
         request = self._running[slot]
@@ -369,16 +388,12 @@ class Engine:
             if request.token_ids:
                 last = torch.tensor([request.token_ids[-1:]])
                 self.pool.decode(last, [slot], self._bucket(1))
-            request.state = self.pool.read([slot])
+            request.keep(self.pool.read([slot]))
+        self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        if isinstance(self.pool, GrowingPool):
+            # A cache of a long text would stay in memory until the slot is used again.
+            self.pool.reset(slot)
         self._keys.pop(slot, None)
-        self._drafters.pop(slot, None)
         self._running[slot] = None
-
-
-def _together(parts: list[tuple[list[int], Tensor]]) -> list[tuple[list[int], Tensor]]:
-    """One matrix of logits [n, vocab_size] and its slots, or nothing."""
-    if len(parts) < 2:
-        return parts
-    return [
-        ([slot for slots, _ in parts for slot in slots], torch.cat([logits for _, logits in parts]))
-    ]

@@ -77,8 +77,13 @@ def calibrate(
         batches: ids [batch, seq] of texts like those to come.
         group_size: of ``gptq``.
         install: puts integers and scales in the place of a projection's weight.
+
+    Raises:
+        ValueError: no batches.
     """
     texts = list(batches)
+    if not texts:
+        raise ValueError("calibration is empty; expected at least one batch of token ids")
     device = next(model.parameters()).device
     for index in range(len(model.blocks)):
         prefix = f"blocks.{index}."
@@ -91,10 +96,12 @@ def calibrate(
             module.register_forward_pre_hook(_adding_to(moments[name]))
             for name, module in parts.items()
         ]
-        for ids in texts:
-            evaluate(model, ids.to(device), logits_to_keep=1)
-        for hook in hooks:
-            hook.remove()
+        try:
+            for ids in texts:
+                evaluate(model, ids.to(device), logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
         for name, module in parts.items():
             install(module, *gptq(module.weight, moments[name], group_size))
 

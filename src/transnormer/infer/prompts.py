@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transnormer.infer.sampling import SamplingConfig
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.inputs import check_state
 from transnormer.models.state import DecoderState
@@ -41,17 +42,40 @@ def checked_prompts(input_ids: Tensor | Sequence[Tensor], vocab_size: int) -> li
 
 def checked_ids(name: str, ids: Tensor, vocab_size: int) -> Tensor:
     """Ids of one prompt as int64; raises ValueError or TypeError, naming them ``name``."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {ids.dtype}; expected an integer dtype")
+    # First: an empty list has no integer dtype.
     if ids.numel() == 0:
         raise ValueError(f"{name} is empty; expected at least one token; start with the bos id")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {ids.dtype}; expected an integer dtype")
+    # Unsigned tensors cannot be compared.
+    ids = ids.to(torch.int64)
     beyond = ids[(ids < 0) | (ids >= vocab_size)]
     if beyond.numel():
         raise ValueError(
             f"{name} holds the id {int(beyond[0])}; expected 0 <= id < {vocab_size}, the "
             "vocabulary of the model; was it made by another tokenizer?"
         )
-    return ids.to(torch.int64)
+    return ids
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise TypeError or ValueError unless each is None or an integer of at least 0."""
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}; expected an integer")
+        if value < 0:
+            raise ValueError(f"{name} is {value}; expected at least 0")
+
+
+def check_sampling(sampling: SamplingConfig, vocab_size: int) -> None:
+    """Raise TypeError or ValueError unless it is a configuration that names tokens there are."""
+    if not isinstance(sampling, SamplingConfig):
+        raise TypeError(f"sampling is a {type(sampling).__name__}; expected a SamplingConfig")
+    for token, _ in sampling.logit_bias:
+        if token >= vocab_size:
+            raise ValueError(f"logit_bias names the token {token}; expected less than {vocab_size}")
 
 
 def checked_stops(stop: Stop | None, config: DecoderConfig) -> list[tuple[int, ...]]:
@@ -86,10 +110,12 @@ def checked_state(
 
     Raises:
         ValueError: not one row of this model's state, or positions that the model does not have.
-        TypeError: a tensor of another dtype.
+        TypeError: no state, or a tensor of another dtype.
     """
-    limit, start = _positions_of(model.config), 0
+    limit, start = positions_of(model.config), 0
     if state is not None:
+        if not isinstance(state, DecoderState):
+            raise TypeError(f"state is a {type(state).__name__}; expected a DecoderState or None")
         empty = model.empty_state(0, device="meta")
         check_state(state, tuple(map(type, empty.layers)), ids[None, :1], None)
         for i, (layer, like) in enumerate(zip(state.layers, empty.layers, strict=True)):
@@ -112,7 +138,7 @@ def checked_state(
     return state
 
 
-def _positions_of(config: DecoderConfig) -> int:
+def positions_of(config: DecoderConfig) -> int:
     """How many positions a model has (learned ones, or cosFormer's), 0 for any number."""
     limits = [config.max_positions]
     limits += [getattr(block.token_mixer, "max_positions", 0) for block in config.blocks]

@@ -37,13 +37,17 @@ def quantize(
             read once a block.
 
     Raises:
-        ValueError: other bits, a group size that does not fit a projection (it is named), or
-            calibration for 8 bits.
-        TypeError: 4 bits on a GPU for a model that is not bfloat16.
+        ValueError: other bits, a group size that does not fit a projection (it is named), a model
+            that is quantised already, no calibration texts, or some for 8 bits.
+        TypeError: 4 bits on a GPU for a model that is not bfloat16, a group size that is no int.
         RuntimeError: torchao is not installed.
     """
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits}; expected 8 or 4")
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size is {group_size!r}; expected an integer")
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; expected at least 1")
     if bits == 8 and calibration is not None:
         raise ValueError("calibration is given; expected None for 8 bits, which rounding serves")
     targets = {
@@ -51,6 +55,12 @@ def quantize(
         for name, module in model.named_modules()
         if name.startswith("blocks.") and isinstance(module, nn.Linear)
     }
+    for name, module in targets.items():
+        if type(module.weight) is not nn.Parameter:
+            kind = type(module.weight).__name__
+            raise ValueError(
+                f"{name}.weight is a {kind}; expected plain weights; load the model again"
+            )
     on_gpu = next(model.parameters()).is_cuda
     if bits == 4:
         for name, module in targets.items():

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from transnormer.infer.lookup import PromptLookup
 from transnormer.infer.prompts import ends_with_stop
 from transnormer.infer.sampling import Draws, SamplingConfig, TokenHistory, TokenLogprobs
 from transnormer.models.state import DecoderState
@@ -25,8 +26,6 @@ class Request:
         logprobs: one entry a token where they were asked for.
         finish_reason: "stop", "length", "cancelled", "error", or None while it waits or runs.
         error: why it ended, where that was an error of its own.
-        state: after the prompt and all of ``token_ids``, one row, where ``keep_state`` was asked
-            for and it has finished.
         cached_tokens: tokens of the prompt that the prefix cache knew.
         submitted_at, first_token_by, first_token_at: numbers of engine steps: when it came, when
             its first token comes at the latest, and when it came (None before).
@@ -52,7 +51,8 @@ class Request:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
-        self.state: DecoderState | None = None
+        self._kept: DecoderState | None = None
+        self._start = 0 if state is None else int(state.positions[0])
         self.cached_tokens = 0
         self.submitted_at = self.first_token_by = 0
         self.first_token_at: int | None = None
@@ -66,6 +66,7 @@ class Request:
         self._stops, self._until, self._run = stops, until, run
         self._draws = Draws(seed, 1) if sampling.temperature > 0.0 else None
         self._history = TokenHistory(prompt.tolist()) if sampling.adjusts else None
+        self._lookup: PromptLookup | None = None
 
     @property
     def finished(self) -> bool:
@@ -100,6 +101,31 @@ class Request:
             self._run()
 
     @property
+    def state(self) -> DecoderState:
+        """The state after the prompt and all of ``token_ids``, one row.
+
+        Raises:
+            RuntimeError: it is not there: ``keep_state`` was not asked for, the request has not
+                finished, or it ended with an error or before its prompt was read.
+        """
+        if self._kept is None:
+            raise RuntimeError(
+                f"the request has no state (keep_state is {self.keep_state}, finish_reason is "
+                f"{self.finish_reason}); expected one that was submitted with keep_state=True, has "
+                "finished without an error, and has read its prompt"
+            )
+        return self._kept
+
+    def keep(self, state: DecoderState) -> None:
+        """Record the state after the last token."""
+        self._kept = state
+
+    @property
+    def position(self) -> int:
+        """Position after the last token, the tokens before the prompt counted."""
+        return self._start + self.prompt_tokens + len(self.token_ids)
+
+    @property
     def adjusts(self) -> bool:
         """Whether penalties or a bias change the request's logits."""
         return self._history is not None
@@ -117,6 +143,8 @@ class Request:
         self.token_ids.append(token)
         if self._history is not None:
             self._history.add(token)
+        if self._lookup is not None:
+            self._lookup.add(token)
         if self._stops and ends_with_stop(self.token_ids, self._stops):
             self.finish_reason = "stop"
         elif self._ends():
@@ -127,6 +155,26 @@ class Request:
     def fail(self, error: Exception) -> None:
         """End the request with an error of its own."""
         self.error, self.finish_reason = error, "error"
+
+    def fail_at(self, largest: float) -> None:
+        """End the request because of its largest logit, which no token can be drawn from."""
+        self.fail(
+            ValueError(
+                f"the largest logit of the request is {largest}; expected a finite number; its "
+                "state, its bias or the weights hold NaN or infinity, or every token is forbidden"
+            )
+        )
+
+    def look_up_drafts(self) -> None:
+        """Draft from now on from the prompt and what follows it."""
+        self._lookup = PromptLookup(self.prompt.tolist())
+
+    def draft(self, most: int) -> list[int]:
+        """Up to so many tokens that may come next, fewer than may still be asked for."""
+        left = self.max_new_tokens - len(self.token_ids) - 1
+        if self._lookup is None or left < 1:
+            return []
+        return self._lookup.propose(min(most, left))
 
     def _ends(self) -> bool:
         if self._until is None:

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from transnormer.models import inputs
 from transnormer.models.cost import bytes_per_token
 from transnormer.models.decoder import Decoder
 from transnormer.models.random_state import random_state, set_random_state
 from transnormer.models.state import DecoderState
 from transnormer.nn.state import LayerState, map_tensors, tensors_of
 from transnormer.ops import linear_cross_entropy
+from transnormer.ops.checks import check_cu_seqlens, check_tensor
 
 Context = Callable[[], AbstractContextManager[object]]
 
@@ -97,10 +99,17 @@ def backward_in_segments(
     """
     if segment_tokens < 1:
         raise ValueError(f"segment_tokens is {segment_tokens}; expected at least 1")
+    config = model.config
+    inputs.check(input_ids, config.vocab_size, None, None, None, config.causal)
+    check_tensor("labels", labels)
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"labels has shape {list(labels.shape)}; expected input_ids' {list(input_ids.shape)}"
         )
+    if cu_seqlens is not None:
+        # Planning cuts the bounds to segments, which would hide that they do not fit.
+        cu_seqlens = cu_seqlens.cpu()
+        check_cu_seqlens(cu_seqlens, *input_ids.shape, cu_seqlens.device)
     check_segments(model)
     segments = _plan(input_ids.shape[1], segment_tokens, cu_seqlens)
     starts = _forward(model, input_ids, segments, context)

@@ -138,14 +138,14 @@ def complex_scan(
         raise TypeError(f"x is {x.dtype}; expected float32 or float64; convert it")
     checks.check_same("a", a, x.dtype, x.device, "x")
     batch, seq = x.shape[:2]
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, batch, seq, x.device)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
         initial_state = x.new_zeros(rows, *x.shape[2:])
     shape = (rows, *x.shape[2:])
     checks.check_shape("initial_state", initial_state, shape, "rows width 2")
     checks.check_same("initial_state", initial_state, x.dtype, x.device, "x")
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, batch, seq, x.device)
     request = Request(x.device, x.dtype, named=implementation == "triton")
     chosen: Any = choose("complex_scan", IMPLEMENTATIONS, request, implementation)
     if seq == 0:

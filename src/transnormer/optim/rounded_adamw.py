@@ -16,11 +16,13 @@ def round_stochastically(x: Tensor) -> Tensor:
     To the nearest a moment stands still once its steps are below half a last place (2^-9 of it, at
     beta_2 = 0.999 every step), and so does a parameter whose updates are; at random they move on
     average as they should (Zamirai et al. 2020, arXiv:2010.06192). The random numbers are torch's,
-    so a run that restores its random state repeats them.
+    so a run that restores its random state repeats them. NaN stays NaN.
     """
     noise = torch.randint(0, 1 << _LOW_BITS, x.shape, dtype=torch.int32, device=x.device)
     bits = x.contiguous().view(torch.int32) + noise
-    return (bits & -(1 << _LOW_BITS)).view(torch.float32).to(torch.bfloat16)
+    rounded = (bits & -(1 << _LOW_BITS)).view(torch.float32)
+    # Noise carries a NaN's bits over: all ones, which GPUs answer, would become a zero.
+    return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
 
 
 def _update(

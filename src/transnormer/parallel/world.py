@@ -5,11 +5,15 @@ from typing import NamedTuple
 
 
 class World(NamedTuple):
-    """Where this process stands: rank of world_size, local_rank on its host."""
+    """Where this process stands: rank of world_size, local_rank on its host.
+
+    ``attempt`` counts how often the launcher has started all processes again.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    attempt: int = 0
 
 
 def current_world() -> World:
@@ -29,4 +33,5 @@ def current_world() -> World:
             f"the launcher set {shown}; expected three numbers with RANK < WORLD_SIZE; "
             "start with torchrun, or unset them"
         )
-    return World(*(int(value) for value in values))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return World(*(int(value) for value in values), attempt=int(attempt))

@@ -96,7 +96,7 @@ class StepProfiler:
     ) -> None:
         self._config, self._run_dir, self._device, self._tell = config, run_dir, device, tell
         self._running: profile | None = None
-        self._first = 0
+        self._first, self._made, self._last = 0, 0, 0
         self._done = config.steps is None
 
     def before(self, step: int) -> None:
@@ -116,15 +116,25 @@ class StepProfiler:
 
     def after(self, step: int) -> None:
         """End after step number `step`, if it is the last one, and write what was found."""
+        self._last = step
+        self._made += self._running is not None
         if self._running is None or self._config.steps is None or step < self._config.steps[1]:
             return
         self._finish(step)
 
     def close(self) -> None:
-        """Drop a profile that has not come to its end."""
+        """Drop a profile that has not come to its end, and tell of one that was not made."""
+        steps = self._config.steps
+        if not self._done and steps is not None and self._last < steps[1]:
+            self._tell(
+                f"no profile: profile.steps is {list(steps)}, and the run ended after step "
+                f"{self._last}"
+            )
         if self._running is not None:
             self._running.stop()
             self._running = None
+            if self._device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
 
     def _finish(self, step: int) -> None:
         assert self._running is not None
@@ -139,7 +149,8 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(enabled=None)
         running.export_chrome_trace(str(folder / TRACE))
         found = costs(running.events() or [])
-        lines = table(found, self._config.rows, step - self._first + 1)
+        # Not the span of step numbers: after a rollback some are made again.
+        lines = table(found, self._config.rows, self._made)
         (folder / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._tell(f"profile of steps {self._first} to {step} in {folder}")
         for line in lines:

@@ -340,15 +340,18 @@ class Trainer:
         assert self.records is not None
         self.records.rollback(kept.step, from_step=from_step, reason=spike, next_sample=next_sample)
         self.progress.message(f"step {from_step}: {spike}; back to step {kept.step}")
-        # At once, so that no checkpoint of the steps given up is ever continued.
+        # At once, so that no checkpoint of the steps given up is continued; never without one.
+        self._save(keep_last=0)
         checkpoints.remove_after(self.run_dir, kept.step)
-        self._save()
 
-    def _save(self) -> Path:
+    def _save(self, **keep: int) -> Path:
         whole = self.sync.whole(self.model, self.optimizer)
-        return self.sync.from_first(lambda: self._write(whole))
+        keep = {"keep_last": self.config.train.keep_last, **keep}
+        return self.sync.from_first(lambda: self._write(whole, **keep))
 
-    def _write(self, whole: tuple[checkpoint.AnyModel, Mapping[str, Tensor]] | None) -> Path:
+    def _write(
+        self, whole: tuple[checkpoint.AnyModel, Mapping[str, Tensor]] | None, keep_last: int
+    ) -> Path:
         assert whole is not None
         assert self.records is not None
         model, states = whole
@@ -360,7 +363,7 @@ class Trainer:
             states,
             self.objective.tokenizer,
             self.counters,
-            keep_last=self.config.train.keep_last,
+            keep_last=keep_last,
             guard=self.guard.state_tensors(self.counters.step),
         )
 

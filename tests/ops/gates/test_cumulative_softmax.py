@@ -154,6 +154,13 @@ def test_any_range_of_logits_is_summed(offset: float, implementation: str) -> No
 
 
 @both
+def test_no_heads_have_no_gates(implementation: str) -> None:
+    logits, log_mass = torch.zeros(2, 3, 0, 4), torch.zeros(2, 0, 4)
+    results = cumulative_softmax(logits, log_mass, copies=2, implementation=implementation)
+    assert [tuple(x.shape) for x in results] == [(2, 3, 0, 8), (2, 3, 0, 4), (2, 0, 4)]
+
+
+@both
 def test_sequences_without_tokens_pass_their_mass_on(implementation: str) -> None:
     logits, log_mass = make(0, rows=3)
     log_mass = log_mass.requires_grad_()
@@ -202,6 +209,7 @@ def test_the_library_ops_pass_opcheck(packed: bool) -> None:
         ({"mask": torch.zeros(1, 4)}, TypeError, "mask is torch.float32"),
         ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens is"),
         ({"copies": 3}, ValueError, "copies is 3; expected 1 or 2"),
+        ({"copies": 2.0}, ValueError, "copies is 2.0; expected 1 or 2"),
         ({"implementation": "none"}, ValueError, "implementation of cumulative_softmax"),
     ],
 )

@@ -117,7 +117,11 @@ def test_no_tokens_have_no_gates() -> None:
     [
         ({"z": [0.0]}, TypeError, "z is list"),
         ({"z": torch.zeros(2, 5).long()}, TypeError, "z is torch.int64"),
+        ({"z": torch.zeros(()), "bound": None}, ValueError, r"z has shape \[\]"),
         ({"bound": torch.zeros(4)}, ValueError, "bound has shape"),
+        ({"bound": torch.ones(5)}, ValueError, "bound holds 1.0 to 1.0; expected 0 <= bound < 1"),
+        ({"bound": torch.full((5,), -0.1)}, ValueError, "bound holds -0.1"),
+        ({"dtype": torch.int64}, TypeError, "dtype is torch.int64"),
         ({"implementation": "none"}, ValueError, "implementation of forget_gate is 'none'"),
         ({"z": torch.zeros(2, 5).double(), "implementation": "triton"}, NotImplementedError, "64"),
     ],

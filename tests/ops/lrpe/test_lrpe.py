@@ -79,3 +79,29 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, _, positions, theta = make(3)
     with pytest.raises(ValueError, match="x has shape"):
         lrpe((x,), positions[:, :2], theta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"x": ([0.0],)}, TypeError, "x is list"),
+        ({"x": (torch.zeros(1, 3, 2, 4).long(),)}, TypeError, "x is torch.int64"),
+        ({"positions": torch.arange(3)}, ValueError, r"positions has shape \[3\]"),
+        ({"positions": torch.zeros(1, 3)}, TypeError, "positions is torch.float32"),
+        ({"theta": torch.zeros(4)}, ValueError, r"theta has shape \[4\]"),
+        ({"theta": torch.zeros(2, 4).long()}, TypeError, "theta is torch.int64"),
+    ],
+)
+def test_wrong_inputs_are_refused(changes: dict, error: type[Exception], named: str) -> None:
+    given = {
+        "x": (torch.zeros(1, 3, 2, 4),),
+        "positions": torch.arange(3)[None],
+        "theta": torch.zeros(2, 4),
+    }
+    with pytest.raises(error, match=named):
+        lrpe(**(given | changes))
+
+
+def test_of_no_tensor_nothing_is_made() -> None:
+    _, _, positions, theta = make(3)
+    assert lrpe((), positions, theta) == ()

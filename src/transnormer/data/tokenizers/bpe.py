@@ -12,6 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from transnormer.data.tokenizers.base import TableTokenizer
 from transnormer.data.tokenizers.pieces import SPACE, byte_of_piece, cut_pieces
+from transnormer.data.tokenizers.seeds import as_symbols, first_bytes, seed
 from transnormer.files import write_atomic
 
 FILE_NAME = "tokenizer.json"
@@ -118,7 +119,12 @@ class BpeTokenizer(TableTokenizer):
 
 
 def train_bpe(
-    texts: Iterable[str], vocab_size: int, *, digits: Digits = "threes", min_frequency: int = 2
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    digits: Digits = "threes",
+    min_frequency: int = 2,
+    characters: str = "",
 ) -> BpeTokenizer:
     """Train a byte-level BPE tokenizer.
 
@@ -130,13 +136,17 @@ def train_bpe(
         vocab_size: number of ids, 259 or more: three specials, 256 bytes, then merges.
         digits: digits are cut "whole", in "threes" or "singly".
         min_frequency: how often a pair must occur to be merged.
+        characters: each becomes one token, whether it occurs or not; see seeds.common_han.
 
-    Raises ValueError where the texts hold too little for so many tokens.
+    Raises ValueError where the texts hold too little for so many tokens, or vocab_size is too small
+    for the characters.
     """
-    if vocab_size < SMALLEST:
+    least = SMALLEST + len(characters) + len(first_bytes(characters))
+    if vocab_size < least:
+        seeded = f", {len(characters)} characters and their first bytes" if characters else ""
         raise ValueError(
-            f"vocab_size is {vocab_size}; expected at least {SMALLEST}: 256 bytes and "
-            f"{len(SPECIALS)} special tokens"
+            f"vocab_size is {vocab_size}; expected at least {least}: 256 bytes and "
+            f"{len(SPECIALS)} special tokens{seeded}"
         )
     if digits not in _DIGITS:
         raise ValueError(f"digits is {digits!r}; expected one of {', '.join(_DIGITS)}")
@@ -144,22 +154,23 @@ def train_bpe(
         rf"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{_DIGITS[digits]}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
+    splitter = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = hf_decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=list(SPECIALS),
-        initial_alphabet=sorted(_byte_of_char()),
+        initial_alphabet=sorted((*_byte_of_char(), *characters)),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    if characters:
+        tokenizer = _train_seeded(texts, tokenizer, trainer, splitter, characters, vocab_size)
+    else:
+        tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise ValueError(
@@ -167,6 +178,26 @@ def train_bpe(
             "training text gives; lower it or give more text"
         )
     return BpeTokenizer(tokenizer.to_str())
+
+
+def _train_seeded(
+    texts: Iterable[str],
+    tokenizer: tokenizers.Tokenizer,
+    trainer: trainers.BpeTrainer,
+    splitter: pre_tokenizers.Split,
+    characters: str,
+    vocab_size: int,
+) -> tokenizers.Tokenizer:
+    alphabet = {value: char for char, value in _byte_of_char().items()}
+    stages = json.loads(tokenizer.to_str())["pre_tokenizer"]
+
+    def cut(text: str) -> list[str]:
+        return [word for word, _ in splitter.pre_tokenize_str(text)]
+
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(as_symbols(texts, cut, alphabet, characters), trainer)
+    content = seed(tokenizer.to_str(), characters, vocab_size, alphabet, stages)
+    return tokenizers.Tokenizer.from_str(content)
 
 
 def _uses(data: dict[str, Any], kind: str) -> bool:

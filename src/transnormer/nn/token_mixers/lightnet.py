@@ -222,6 +222,8 @@ def _softmax(
     logits = logits.to(accumulation_dtype(logits.dtype))
     if mask is not None:
         logits = logits.masked_fill(~mask[..., None, None], -math.inf)
+    if logits.shape[1] == 0:
+        return logits
     least = max(_log(initial_mass), _EMPTY)
     if cu_seqlens is None:
         peak = logits.detach().amax(1, keepdim=True).clamp(min=least)

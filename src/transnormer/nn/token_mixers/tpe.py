@@ -227,6 +227,8 @@ def _causal(
 ) -> tuple[Tensor, Tensor]:
     """y and the last state of every row; x is [batch, seq, channels] in the dtype of the sums."""
     batch, seq, channels = x.shape
+    if seq == 0:
+        return x, state
     if seq == 1 and cu_seqlens is None:
         return _step(x, kernel, state, mask)
     chunk = _SMALL_CHUNK if seq <= _SMALL_CHUNK else _CHUNK
@@ -282,7 +284,7 @@ def _entering(parts: Tensor, kernel: Kernel, state: Tensor, bounds: Tensor | Non
     added = torch.bmm(weights.expand(batch * chunks, -1, -1), parts.flatten(0, 1))
     # Channels are heads, too, as far as kernels need it that have no wider values.
     width = _head_width(added.shape[2])
-    added = added.view(batch, chunks, -1, width)
+    added = added.view(batch, chunks, added.shape[1] * added.shape[2] // width, width)
     ones = parts.new_ones(*added.shape[:3], 1)
     if bounds is not None:
         state = F.pad(state, (0, 0, 0, 0, 0, 1))

@@ -165,7 +165,8 @@ def linear_cross_entropy(
     and losses are float32 (float64 for float64 inputs).
 
     "tiled" is plain PyTorch and makes the logits again in the backward pass. "triton", for sums
-    alone, forms the gradients beside the losses: the head's is summed over tiles in float32.
+    alone, forms the gradients beside the losses: the head's is summed over tiles in float32. Second
+    derivatives are refused.
 
     Args:
         x: hidden states, [rows, model_dim].
@@ -181,11 +182,15 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes, an unknown reduction or implementation, or (CPU, eager) a label outside
             the vocabulary.
-        TypeError: labels not int64.
+        TypeError: dtypes, or what is no tensor.
         NotImplementedError, RuntimeError: the named implementation cannot run this call.
     """
+    for name, tensor in (("x", x), ("weight", weight), ("labels", labels)):
+        checks.check_tensor(name, tensor)
     checks.check_rank("x", x, "rows model_dim")
+    checks.check_float("x", x)
     dims = "vocab_size model_dim"
+    checks.check_rank("weight", weight, dims)
     checks.check_shape("weight", weight, (weight.shape[0], x.shape[1]), dims)
     checks.check_shape("labels", labels, x.shape[:1], "rows")
     if labels.dtype != torch.int64:
@@ -200,6 +205,7 @@ def linear_cross_entropy(
                 f"labels holds {int(wrong[0])}; expected 0 to {vocab_size - 1}, or -100 to ignore"
             )
     x, weight = x.to(checks.autocast_dtype(x)), weight.to(checks.autocast_dtype(weight))
+    checks.check_same("weight", weight, x.dtype, x.device, "x")
     request = Request(x.device, x.dtype, reduction, named=implementation == "triton")
     row: Any = choose("linear_cross_entropy", IMPLEMENTATIONS, request, implementation)
     return row.run(x, weight, labels, reduction)

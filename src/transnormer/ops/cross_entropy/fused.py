@@ -83,7 +83,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_sum, *_):
+def _backward(ctx, grad_sum, *grads_of_gradients):
+    if any(grad is not None for grad in grads_of_gradients):
+        # Without this, torch takes the second derivative for 0.
+        raise NotImplementedError(
+            "the sum of linear_cross_entropy has no second derivative; take logits and "
+            "torch.nn.functional.cross_entropy"
+        )
     if grad_sum is None:
         return None, None, None, None
     grad_x, grad_weight = ctx.saved_tensors

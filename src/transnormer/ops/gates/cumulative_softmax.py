@@ -61,8 +61,8 @@ def _run_triton(
     heads, key_dim = logits.shape[2:]
     run = torch.ops.transnormer.cumulative_softmax
     results = run(logits.flatten(2), log_mass.flatten(1), mask, cu_seqlens, key_dim, copies)
-    log_decay, keys = (y.unflatten(2, (heads, -1)) for y in results[:2])
-    return log_decay, keys, results[2].view(log_mass.shape)
+    log_decay = results[0].unflatten(2, (heads, copies * key_dim))
+    return log_decay, results[1].view(logits.shape), results[2].view(log_mass.shape)
 
 
 def sequences_of(cu_seqlens: Tensor, seq: int) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ def cumulative_softmax(
     if mask is not None:
         checks.check_shape("mask", mask, logits.shape[:2], "batch seq")
         checks.check_same("mask", mask, torch.bool, logits.device, "logits' mask")
-    if copies not in (1, 2):
+    if type(copies) is not int or copies not in (1, 2):
         raise ValueError(f"copies is {copies!r}; expected 1 or 2")
     request = Request(logits.device, logits.dtype, named=implementation == "triton")
     row: Any = choose("cumulative_softmax", IMPLEMENTATIONS, request, implementation)

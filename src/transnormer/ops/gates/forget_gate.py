@@ -99,18 +99,26 @@ def forget_gate(
         log f, at most 0, float32 (float64 for float64 z), and 1 - f, both [..., width].
 
     Raises:
-        ValueError: shapes, a device, an unknown implementation.
+        ValueError: shapes, a device, an unknown implementation, or (CPU, eager) another bound.
         TypeError: dtypes, or what is no tensor.
         NotImplementedError, RuntimeError: the named implementation cannot run this call.
     """
     checks.check_tensor("z", z)
     checks.check_tensor("bound", bound, optional=True)
     checks.check_float("z", z)
+    if z.dim() == 0:
+        raise ValueError("z has shape []; expected [..., width]")
+    if dtype is not None and dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
     if bound is not None:
         checks.check_float("bound", bound)
         checks.check_shape("bound", bound, z.shape[-1:], "width")
         if bound.device != z.device:
             raise ValueError(f"bound is on {bound.device}; expected {z.device}; move it")
+        if checks.values_are_visible(bound) and not bool(((bound >= 0) & (bound < 1)).all()):
+            raise ValueError(
+                f"bound holds {float(bound.min())} to {float(bound.max())}; expected 0 <= bound < 1"
+            )
     request = Request(z.device, z.dtype, named=implementation == "triton")
     row: Any = choose("forget_gate", IMPLEMENTATIONS, request, implementation)
     return row.run(z, bound, checks.accumulation_dtype(z.dtype) if dtype is None else dtype)

@@ -297,7 +297,7 @@ def decay_gradient(
     shares = torch.empty(shape, dtype=torch.float32, device=k.device)
     launch(
         decay_gradient_kernel, shares.numel(),
-        q, k, v, do, log_decay, entry[0], grad_entry[0], shares, call.table,
+        q, k, v, do, call.log_decay, entry[0], grad_entry[0], shares, call.table,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *call.cut, call.heads,
         call.groups, call.scale, K=call.key_dim, V=call.value_dim, C=tiles.chunk,
         BD=tiles.key_block, BE=tiles.value_block, ENTRY=entry[1], GRAD_ENTRY=grad_entry[1],

@@ -109,9 +109,21 @@ def lrpe(
 
     Raises:
         ValueError: shapes, an unknown implementation.
+        TypeError: dtypes, or what is no tensor.
         NotImplementedError, RuntimeError: the named implementation cannot run this call.
     """
+    checks.check_tensor("positions", positions)
+    checks.check_tensor("theta", theta)
+    checks.check_rank("positions", positions, "batch seq")
+    checks.check_rank("theta", theta, "heads head_dim")
+    if positions.dtype != torch.int64:
+        raise TypeError(f"positions is {positions.dtype}; expected torch.int64; convert it")
+    checks.check_float("theta", theta)
+    if not x:
+        return ()
     for y in x:
+        checks.check_tensor("x", y)
+        checks.check_float("x", y)
         checks.check_rank("x", y, "batch seq heads head_dim")
         checks.check_shape("x", y, (*positions.shape, *theta.shape), "batch seq heads head_dim")
     widest = torch.float64 if torch.float64 in (theta.dtype, *(y.dtype for y in x)) else x[0].dtype

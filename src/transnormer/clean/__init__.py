@@ -1,0 +1,1 @@
+"""Corpus cleaning: rules, deduplication and reports, run as datatrove pipelines."""

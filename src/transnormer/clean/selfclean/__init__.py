@@ -1,0 +1,1 @@
+"""The self-cleaning loop: a model of the corpus scores the corpus, outliers go, again."""

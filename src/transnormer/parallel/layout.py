@@ -1,0 +1,201 @@
+"""How the processes of a run train one model: what the trainer calls, for any mesh."""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from transnormer.models.decoder import Decoder
+from transnormer.optim import Optimizer
+from transnormer.parallel.fsdp import apply_fsdp
+from transnormer.parallel.mesh import Axes, build_meshes
+from transnormer.parallel.sequence import apply_sequence_parallel
+from transnormer.parallel.state_dict import clip, gather_whole, load_whole, spread_like, total_norm
+from transnormer.parallel.state_exchange import Exchange
+from transnormer.parallel.tensor import apply_tensor_parallel
+from transnormer.parallel.tensor_layers import Fused
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+T = TypeVar("T")
+# The longest that one process works while the others wait: tokenising a corpus.
+_PATIENCE = timedelta(days=2)
+
+
+class Layout:
+    """A ``GradSync`` of many processes: data, sharded and sequence parallelism on one mesh.
+
+    The loss of a step is divided by the labels of all processes, so gradients are sums over them,
+    whatever a rank holds; uneven batches weigh by their tokens.
+
+    Attributes:
+        rank, world_size: which rows of every global batch this process reads: its place among the
+            ranks with batches of their own. Ranks that share a sequence read the same rows.
+        process: number of this process's random numbers, the same for ranks that share layers.
+        devices: processes in all.
+        is_first: whether this process writes what one process writes.
+    """
+
+    def __init__(
+        self,
+        axes: Axes,
+        device: torch.device,
+        *,
+        exchange: Exchange = "gather",
+        overlap: bool = False,
+        gather_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Lay the started processes out; every process calls it.
+
+        Args:
+            axes: how many ranks along which axis.
+            device: of this process.
+            exchange, overlap: of ``apply_sequence_parallel``.
+            gather_dtype: of ``apply_fsdp``.
+
+        Raises:
+            ValueError: the axes do not fit the number of processes.
+        """
+        self._axes, self._device = axes, device
+        self._meshes = build_meshes(axes, device.type)
+        self._exchange: Exchange = exchange
+        self._overlap, self._gather_dtype = overlap, gather_dtype
+        dp = self._meshes.tokens["dp"]
+        self._dp = dp.get_group()
+        self.rank, self.world_size = dp.get_local_rank(), dp.size()
+        # Ranks that share a layer draw the same random numbers.
+        self.process = dist.get_rank() // axes.tp
+        self.devices, self.is_first = dist.get_world_size(), dist.get_rank() == 0
+        # Between CPUs, and with time for what one process does while the others wait.
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(patient, dist.ProcessGroup)
+        self._patient = patient
+        self._plain: Callable[..., nn.Module] = Decoder
+        self._fused: dict[str, Fused] = {}
+
+    def wrap(self, model: ModelT) -> ModelT:
+        """Lay a finished model out, the same on every rank, before its optimizer is built.
+
+        Checkpointing of activations and compilation come first.
+
+        Raises:
+            NotImplementedError: a layer that cannot read sequences in parts; a model that is no
+                decoder, where sequences are cut.
+        """
+        self._plain = type(model)
+        if self._axes.sp > 1:
+            if not isinstance(model, Decoder):
+                raise NotImplementedError(
+                    f"parallel.sp is {self._axes.sp} and the model a {type(model).__name__}; "
+                    "expected a decoder: only its loss knows how to cut a sequence; set it to 1"
+                )
+            group = self._meshes.tokens["sp"].get_group()
+            apply_sequence_parallel(model, group, exchange=self._exchange, overlap=self._overlap)
+        held = self._meshes.parameters
+        if self._axes.tp > 1:
+            if not isinstance(model, Decoder):
+                raise NotImplementedError(
+                    f"parallel.tp is {self._axes.tp} and the model a {type(model).__name__}; "
+                    "expected a decoder; set it to 1"
+                )
+            self._fused = apply_tensor_parallel(model, held["tp"]).fused
+        mesh = held["dp_replicate", "fsdp"] if self._axes.dp_replicate > 1 else held["fsdp"]
+        apply_fsdp(model, mesh, gather_dtype=self._gather_dtype)
+        return model
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return values, float64 [n] on any device, summed over the ranks with other batches."""
+        total = values.clone()
+        if values.device.type == self._device.type:
+            dist.all_reduce(total, group=self._dp)
+            return total
+        # Counts on the CPU beside GPUs: nothing waits for the devices. Ranks that share a sequence
+        # or a layer have the same ones.
+        dist.all_reduce(total, group=self._patient)
+        return total / (self._axes.sp * self._axes.tp)
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Nothing is left to do: gradients were summed where they were made."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Nothing: ranks that hold the same parameters make the same update."""
+
+    def total_norm(self, model: nn.Module) -> Tensor:
+        """Norm of the gradient of the whole model, the same plain tensor on every rank."""
+        return total_norm(model.parameters())
+
+    def clip(self, model: nn.Module, most: float, norm: Tensor) -> None:
+        """Scale the gradients down so that their norm, which is ``norm``, is at most ``most``."""
+        clip(model.parameters(), most, norm)
+
+    def whole(
+        self, model: nn.Module, optimizer: Optimizer
+    ) -> tuple[nn.Module, dict[str, Tensor]] | None:
+        """The model of one process and its optimizer's state, on the CPU; None but on the first.
+
+        They do not depend on the layout, so that any other one can go on from them.
+        """
+        weights = self._by_part(gather_whole(model.state_dict()))
+        states = self._by_part(gather_whole(optimizer.state_tensors()))
+        if not self.is_first:
+            return None
+        with torch.device("meta"):
+            plain = self._plain(getattr(model, "config"))  # noqa: B009
+        # Buffers that are not stored stay on the meta device: nothing reads them.
+        plain.load_state_dict(weights, assign=True)
+        return plain, states
+
+    def load(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        weights: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+    ) -> None:
+        """Copy whole weights and an optimizer's whole state into this rank's shares."""
+        weights, states = self._by_head(weights), self._by_head(states)
+        load_whole(model, weights)
+        held = dict(model.named_parameters())
+        owners = {name: name.rpartition("/")[0] for name in states}
+        like = {name: held[owner] for name, owner in owners.items() if owner in held}
+        optimizer.load_state_tensors(spread_like(states, like))
+
+    def _by_part(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of fused projections in the order of one process."""
+        return {
+            name: fused.by_part(x) if (fused := self._fused_of(name)) and x.ndim else x
+            for name, x in whole.items()
+        }
+
+    def _by_head(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of fused projections in the order of ranks that share layers."""
+        return {
+            name: fused.by_head(x) if (fused := self._fused_of(name)) and x.ndim else x
+            for name, x in whole.items()
+        }
+
+    def _fused_of(self, name: str) -> Fused | None:
+        """Of a parameter, or of a state of it, "parameter name/key"."""
+        return self._fused.get(name.partition("/")[0])
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Call a function on the first process; return or raise on all what it did there."""
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                dist.broadcast_object_list([None, error], src=0, group=self._patient)
+                raise
+        dist.broadcast_object_list(outcome, src=0, group=self._patient)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def highest(self, value: int) -> int:
+        """The largest of all processes' values."""
+        found = torch.tensor([int(value)])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._patient)
+        return int(found)

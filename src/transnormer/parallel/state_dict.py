@@ -1,0 +1,105 @@
+"""Tensors of a model or an optimizer between their shares on the ranks and whole ones."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def gather_whole(tensors: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of rank 0, one after the other; every rank calls it.
+
+    A whole tensor does not depend on how the ranks lay: these are the tensors of one process.
+
+    Args:
+        tensors: the same names in the same order on all ranks.
+        everywhere: return them on all ranks, not on rank 0 alone.
+
+    Returns:
+        the tensors; on the other ranks an empty dictionary.
+    """
+    keeps, whole = everywhere or dist.get_rank() == 0, {}
+    # It warns that a tensor cut along two axes is gathered in two steps, which is meant so here.
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        for name, x in tensors.items():
+            x = x.detach()
+            full = x.full_tensor() if isinstance(x, DTensor) else x
+            if keeps:
+                whole[name] = full.to("cpu", copy=True)
+            del full
+    finally:
+        logger.setLevel(level)
+    return whole
+
+
+def spread_like(whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's shares of whole tensors, laid out as the tensors of the same name in ``like``.
+
+    Nothing is sent: every rank has the whole tensors, as from a file.
+
+    Args:
+        whole: names to tensors.
+        like: laid out tensors; one without a layout, or none, keeps the whole tensor.
+    """
+    return {name: _spread(x, like.get(name)) for name, x in whole.items()}
+
+
+def _spread(whole: Tensor, like: Tensor | None) -> Tensor:
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
+    return distribute_tensor(
+        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def load_whole(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a model that is laid out on ranks; names must be exactly its own."""
+    model.load_state_dict(spread_like(whole, model.state_dict()))
+
+
+def total_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Norm of all gradients, over all ranks, as one plain tensor on every rank.
+
+    sqrt(sum of squares) of gradients that are cut along any axes: every entry counts once, however
+    many ranks have it. Sums are in float32 or better.
+
+    Args:
+        parameters: of the model; those without a gradient do not count.
+    """
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is not None:
+            key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+            groups.setdefault(key, []).append(grad)
+    total: Tensor | None = None
+    for key, grads in groups.items():
+        # A share may be empty, where there are fewer rows than ranks.
+        square = torch.nn.utils.get_total_norm([_local(grad) for grad in grads]).square()
+        if key is not None:
+            mesh, placements = key
+            for dim, placement in enumerate(placements):
+                if not placement.is_replicate() and mesh.size(dim) > 1:
+                    dist.all_reduce(square, group=mesh.get_group(dim))
+        total = square if total is None else total + square
+    assert total is not None
+    return total.sqrt()
+
+
+def clip(parameters: Iterable[Tensor], most: float, norm: Tensor) -> None:
+    """Scale gradients, whose norm is given, down to a norm of at most ``most``, as torch does."""
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            _local(parameter.grad).mul_(factor)
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,0 +1,123 @@
+"""Training on a mesh of ranks is training in one process: losses, gradients, updates, checkpoints."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from nn.mixer_cases import CASES
+from parallel_cases import logits_on_ranks, train
+from ranks import Ranks
+from tolerances import LAYOUT_FLOAT64, assert_close
+
+from transnormer.models import zoo
+from transnormer.models.decoder import BlockConfig, Decoder, DecoderConfig
+from transnormer.nn.channel_mixers import FfnConfig, GluConfig
+from transnormer.nn.token_mixers import LightningConfig, SoftmaxConfig
+from transnormer.optim import OptimizerConfig
+from transnormer.parallel.mesh import Axes
+from transnormer.parallel.tensor import why_not_on_ranks
+
+CONFIG = zoo.tnl_custom(vocab_size=23, model_dim=16, num_layers=2, heads=4, glu_dim=12)
+# Clips every step.
+ADAMW = OptimizerConfig(lr=1e-2, clip=0.05)
+# Of the contract's configurations, those whose heads can lie on two ranks.
+SHARED = {
+    "lightning",
+    "lightning-hybrid",
+    "lightning-no-positions",
+    "softmax",
+    "softmax-hybrid",
+    "softmax-no-positions",
+}
+
+
+@cache
+def alone(steps: int) -> dict[str, Any]:
+    """What one process finds; found once."""
+    return train(None, CONFIG, Axes(), None, range(steps), ADAMW)
+
+
+def compare(found: dict[str, Any], exact: dict[str, Any]) -> None:
+    for name in ("loss", "norm"):
+        assert_close(found[name], exact[name], limit=LAYOUT_FLOAT64, name=name)
+    for group in ("model", "optimizer"):
+        for name, expected in exact[group].items():
+            assert_close(found[group][name], expected, limit=LAYOUT_FLOAT64, name=f"{group} {name}")
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["whole", "micro_batches"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        Axes(dp_shard=4),
+        Axes(dp_replicate=2, dp_shard=2),
+        Axes(dp_replicate=4),
+        Axes(dp_shard=2, sp=2),
+        Axes(dp_replicate=2, sp=2),
+        Axes(sp=4),
+        Axes(tp=4),
+        Axes(dp_shard=2, tp=2),
+        Axes(dp_replicate=2, tp=2),
+        Axes(sp=2, tp=2),
+    ],
+    ids=lambda axes: "-".join(f"{name}{n}" for name, n in axes._asdict().items() if n > 1),
+)
+def test_every_layout_trains_as_one_process(ranks: Ranks, axes: Axes, parts: int) -> None:
+    found = ranks.run(4, train, CONFIG, axes, None, range(3), ADAMW, parts)
+    compare(found[0], alone(3))
+    held = axes.ranks // axes.dp_replicate
+    whole = found[0]["model"]
+    total = sum(result["local"] for result in found[:held])
+    # What ranks that share layers all hold: the angles.
+    twice = sum(x.numel() for name, x in whole.items() if "theta" in name) * (axes.tp - 1)
+    assert total - twice == sum(x.numel() for x in whole.values())
+
+
+def test_a_run_goes_on_in_another_layout(ranks: Ranks) -> None:
+    start = None
+    for axes, steps in ((Axes(dp_shard=2, tp=2), range(1)), (Axes(2, 1, 2), range(1, 2))):
+        start = ranks.run(4, train, CONFIG, axes, start, steps, ADAMW)[0]
+    found = train(None, CONFIG, Axes(), start, range(2, 3), ADAMW)
+    exact = alone(3)
+    assert_close(found["loss"], exact["loss"][2:], limit=LAYOUT_FLOAT64)
+    for name, expected in exact["model"].items():
+        assert_close(found["model"][name], expected, limit=LAYOUT_FLOAT64, name=name)
+
+
+def test_untied_biased_and_softmax_layers_share_their_heads(ranks: Ranks) -> None:
+    lightning = LightningConfig(heads=4, gate="low_rank", bias=True, gate_position="before_norm")
+    blocks = (
+        BlockConfig(token_mixer=lightning, channel_mixer=FfnConfig(hidden_dim=8, bias=True)),
+        BlockConfig(
+            token_mixer=SoftmaxConfig(heads=8, kv_heads=4), channel_mixer=GluConfig(hidden_dim=12)
+        ),
+    )
+    config = DecoderConfig(vocab_size=23, model_dim=16, tie_embeddings=False, blocks=blocks)
+    exact = train(None, config, Axes(), None, range(2), ADAMW)
+    for axes in (Axes(tp=4), Axes(sp=2, tp=2)):
+        compare(ranks.run(4, train, config, axes, None, range(2), ADAMW)[0], exact)
+
+
+def test_logits_on_ranks_are_those_of_one_process(ranks: Ranks) -> None:
+    torch.manual_seed(3)
+    model = Decoder(CONFIG).double().eval()
+    ids = torch.arange(30).view(2, 15) % 23
+    exact = model(ids).logits.detach()
+    for found in ranks.run(4, logits_on_ranks, model, ids):
+        assert_close(found, exact, limit=LAYOUT_FLOAT64)
+
+
+def test_every_mixer_shares_its_heads_or_says_why_not() -> None:
+    shared = set()
+    for case in CASES:
+        model = case.model()
+        reasons = [why_not_on_ranks(model, i, 2) for i in range(len(model.blocks))]
+        if not any(reasons):
+            shared.add(case.name)
+    assert shared == SHARED
+
+
+def test_axes_that_do_not_fit_the_processes_are_refused(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match="6 ranks; expected as many as the 4 processes"):
+        ranks.run(4, train, CONFIG, Axes(dp_shard=3, sp=2), None, range(1), ADAMW)
