@@ -109,7 +109,8 @@ def backward_in_segments(
     if cu_seqlens is not None:
         # Planning cuts the bounds to segments, which would hide that they do not fit.
         cu_seqlens = cu_seqlens.cpu()
-        check_cu_seqlens(cu_seqlens, *input_ids.shape, cu_seqlens.device)
+        batch, seq = input_ids.shape
+        check_cu_seqlens(cu_seqlens, batch, seq, cu_seqlens.device)
     check_segments(model)
     segments = _plan(input_ids.shape[1], segment_tokens, cu_seqlens)
     starts = _forward(model, input_ids, segments, context)
