@@ -5,6 +5,7 @@ import torch
 from decoder_cases import make_ids, make_model, tnl_config
 from engine_cases import GREEDY, alone, assert_all_alone, engine_of, prompts_of
 
+from transnormer.infer.engine import Engine
 from transnormer.models.decoder import BlockConfig, Decoder
 from transnormer.nn.token_mixers import CosformerConfig, SoftmaxConfig
 
@@ -123,6 +124,21 @@ def test_a_growing_state_leaves_with_its_request() -> None:
     assert engine.pool.nbytes == before
 
 
+def test_a_state_that_no_model_made_is_refused_before_others_run_beside_it() -> None:
+    blocks = (BlockConfig(token_mixer=SoftmaxConfig(heads=2), channel_mixer=None),)
+    model = make_model(tnl_config(blocks=blocks))
+    engine, state = engine_of(model), model(make_ids(1, 4)).state
+    cache = state.layers[0]
+    short = state._replace(layers=(cache._replace(keys=cache.keys[:, :2]),))
+    with pytest.raises(ValueError, match=r"state.layers\[0\] has fields of \[2, 4, 4\] tokens"):
+        engine.submit([1], max_new_tokens=1, state=short)
+    for positions in (torch.tensor([[3]]), torch.tensor([-3])):
+        bad = state._replace(positions=positions)
+        with pytest.raises(ValueError, match="expected one number of at least 0"):
+            engine.submit([1], max_new_tokens=1, state=bad)
+    assert engine.waiting == 0
+
+
 def test_arguments_of_another_type_are_named(model: Decoder) -> None:
     engine = engine_of(model)
     with pytest.raises(ValueError, match="prompt is empty; expected at least one token"):
@@ -131,6 +147,8 @@ def test_arguments_of_another_type_are_named(model: Decoder) -> None:
         engine.submit([1], max_new_tokens=1, sampling={"top_k": 3})
     with pytest.raises(TypeError, match="state is a Request; expected a DecoderState or None"):
         engine.submit([1], max_new_tokens=1, state=engine.submit([1], max_new_tokens=0))
+    with pytest.raises(TypeError, match="draw_below is 2.5; expected an integer"):
+        Engine(model, draw_below=2.5)
     unsigned = torch.tensor([1, 2], dtype=torch.uint16)
     exact = alone(model, torch.tensor([1, 2]), 3, temperature=0.0)
     assert engine.submit(unsigned, max_new_tokens=3, sampling=GREEDY).result() == exact

@@ -66,6 +66,7 @@ class Engine:
             raise ValueError("config.causal is False; expected True: only a causal model generates")
         if draw_below is not None and draw_below < 1:
             raise ValueError(f"draw_below is {draw_below}; expected at least 1")
+        check_counts(draw_below=draw_below)
         self.model, self.config = model, config or EngineConfig()
         self.pool = make_pool(
             model, self.config.slots, ring=self.config.ring, compiled=self.config.compile
@@ -122,7 +123,7 @@ class Engine:
 
         Raises:
             QueueFull: the queue is full; nothing was taken.
-            ValueError, TypeError: as ``generate``; a state that is not this model's.
+            ValueError, TypeError: as ``generate``; a state of another shape than this model's.
         """
         ids = torch.as_tensor(prompt).cpu()
         if ids.dim() != 1:

@@ -26,6 +26,8 @@ class PrefixCache:
     A snapshot of a recurrent model has a constant size; one of a model with softmax layers holds
     the keys and values of its whole prefix.
 
+    Engines that share a cache are stepped by one thread.
+
     Args:
         max_bytes: of the snapshots on the model's device.
         spill_bytes: of the snapshots in the CPU's memory; 0 keeps none there.

@@ -9,7 +9,7 @@ from transnormer.infer.sampling import SamplingConfig
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.inputs import check_state
 from transnormer.models.state import DecoderState
-from transnormer.nn.state import tensors_of
+from transnormer.nn.state import KVState, tensors_of
 
 Stop = int | Sequence[int | Sequence[int]]
 
@@ -129,6 +129,15 @@ def checked_state(
                     )
                 if x.dtype != y.dtype:
                     raise TypeError(f"state.layers[{i}] is {x.dtype}; expected {y.dtype}")
+            if isinstance(layer, KVState) and len({x.shape[1] for x in layer}) > 1:
+                raise ValueError(
+                    f"state.layers[{i}] has fields of {[x.shape[1] for x in layer]} tokens; "
+                    "expected as many keys as values"
+                )
+        if state.positions.shape != (1,) or int(state.positions[0]) < 0:
+            raise ValueError(
+                f"state.positions is {state.positions.tolist()}; expected one number of at least 0"
+            )
         start = int(state.positions[0])
     if limit and start + len(ids) + new_tokens > limit:
         raise ValueError(
