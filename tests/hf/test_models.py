@@ -61,6 +61,24 @@ def test_what_transformers_saves_this_package_loads(directory: Path, tmp_path: P
     assert torch.equal(again(ids).logits, make_model()(ids).logits)
 
 
+@pytest.mark.parametrize("sizes", [("20KB", "5GB"), ("5GB", "20KB")], ids=["file", "shards"])
+def test_a_save_replaces_the_weights_of_an_earlier_one(
+    directory: Path, tmp_path: Path, sizes: tuple[str, str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.save_pretrained(tmp_path / "again", max_shard_size=sizes[0])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    model.save_pretrained(tmp_path / "again", max_shard_size=sizes[1])
+    ids = make_ids(2, 20)
+    wanted = model(ids).logits
+    for again in (
+        checkpoint.load(tmp_path / "again"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again"),
+    ):
+        assert torch.equal(again(ids).logits, wanted)
+
+
 def test_names_of_tensors_are_those_of_the_layout(directory: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / "again")
     names = set(load_file(directory / "model.safetensors"))

@@ -7,6 +7,7 @@ from transnormer.hf.body import AnyTransnormerBody
 from transnormer.hf.config import AnyTransnormerConfig, TransnormerConfig, TransnormerDecoderConfig
 from transnormer.hf.heads import AnyTransnormerForCausalLM, AnyTransnormerHead
 from transnormer.models.checkpoint import add_hashes
+from transnormer.models.tensor_files import SHARD_INDEX, SINGLE
 
 
 class TransnormerModel(AnyTransnormerBody):
@@ -15,7 +16,27 @@ class TransnormerModel(AnyTransnormerBody):
     config_class = TransnormerConfig
 
 
-class TransnormerForCausalLM(AnyTransnormerForCausalLM):
+class _OneSetOfWeights(AnyTransnormerHead):
+    """A head that leaves no weights of an earlier save in its directory.
+
+    transformers writes shards beside a single file of before, and would load the latter.
+    """
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'."""
+        paths = [Path(save_directory, name) for name in (SINGLE, SHARD_INDEX)]
+        before = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        after = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+        stale = [path for path, time in after.items() if before.get(path) == time]
+        # Of several processes one writes.
+        if len(stale) < len(after):
+            for path in stale:
+                path.unlink()
+        return saved
+
+
+class TransnormerForCausalLM(_OneSetOfWeights, AnyTransnormerForCausalLM):
     """A released TransNormerLLM; its directories load and are saved in the released layout."""
 
     config_class = TransnormerConfig
@@ -27,7 +48,7 @@ class TransnormerDecoderModel(AnyTransnormerBody):
     config_class = TransnormerDecoderConfig
 
 
-class _Saved(AnyTransnormerHead):
+class _Saved(_OneSetOfWeights):
     """A head whose directories ``transnormer.load`` reads."""
 
     config_class = TransnormerDecoderConfig
