@@ -11,7 +11,7 @@ from torch import nn
 
 from transnormer.infer.gptq import gptq
 from transnormer.infer.quantize import quantize
-from transnormer.models import zoo
+from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Decoder
 from transnormer.models.state import DecoderState
 
@@ -155,3 +155,12 @@ def test_calibration_uses_the_inputs_that_the_rounded_blocks_before_give() -> No
         assert torch.equal(projection.weight.qdata, gptq(weight, moments, 32)[0])
         nearest = gptq(weight, torch.eye(64), 32)[0]
         assert not torch.equal(projection.weight.qdata, nearest)
+
+
+def test_saving_what_is_quantised_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+    model = wide_model()
+    checkpoint.save(model, tmp_path / "model")
+    quantize(model, 8)
+    with pytest.raises(TypeError, match="save the model before it is quantised"):
+        checkpoint.save(model, tmp_path / "model")
+    assert checkpoint.load(tmp_path / "model").config == model.config

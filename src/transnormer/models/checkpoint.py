@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transnormer import files
 from transnormer.config import validate
@@ -54,7 +54,8 @@ def save(model: AnyModel, path: str | Path, *, layout: Layout = "transnormer") -
     Raises:
         NotImplementedError: the released layout cannot express the model; the field is named.
         ValueError: an unknown layout, or path holds something that is not a saved model.
-        TypeError: a model that is no ``Decoder`` and no ``SequenceClassifier``.
+        TypeError: a model that is no ``Decoder`` and no ``SequenceClassifier``, or whose weights are
+            quantised: files hold plain tensors.
     """
     if layout not in ("transnormer", "released"):
         raise ValueError(f"layout is {layout!r}; expected 'transnormer' or 'released'")
@@ -63,6 +64,12 @@ def save(model: AnyModel, path: str | Path, *, layout: Layout = "transnormer") -
             f"model is {type(model).__name__}; expected a Decoder or a SequenceClassifier"
         )
     tensors = dict(model.state_dict())
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}; expected a plain tensor; save the model before "
+                "it is quantised, and quantise it again after loading"
+            )
     raw: dict[str, Any] | None = None
     if layout == "released":
         if not isinstance(model, Decoder):
