@@ -30,6 +30,7 @@ from transnormer.data import tokenize_corpus
 from transnormer.models.cost import ModelCost
 from transnormer.models.decoder import Decoder
 from transnormer.models.device_peaks import Peak
+from transnormer.optim.optimizers import Optimizer
 from transnormer.train.objectives import Objective
 
 RECIPE = """
@@ -161,6 +162,22 @@ def test_a_tokenised_path_brings_its_vocabulary(
     monkeypatch.setattr("transnormer.bench.train.set_up", set_up)
     with pytest.raises(InterruptedError, match="270"):
         bench_train(tiny_run(tmp_path, f"data.path={made}"))
+
+
+def test_no_update_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    def step(self: Optimizer) -> None:
+        nonlocal made
+        made += 1
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    strict = ("guard.action=skip", "guard.window=8", "guard.threshold=1e-9", "guard.most=1000")
+    bench_train(tiny_run(tmp_path, *strict), steps=12, warmup=1)
+    updates = made
+    made = 0
+    bench_train(tiny_run(tmp_path), steps=12, warmup=1)
+    assert updates == made
 
 
 @pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard", "sp", "tp"])
