@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -73,7 +74,8 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(commit),
-        "command": " ".join(["python", *sys.argv]),
+        # Where files lie on one machine is no fact about the figure.
+        "command": re.sub(r"(^|[ =])/\S+", r"\1PATH", " ".join(["python", *sys.argv])),
         "date": time.strftime("%Y-%m-%d"),
     }
 

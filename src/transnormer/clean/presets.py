@@ -10,7 +10,16 @@ others were made for web pages in English: on manuals, verse or Chinese they dro
 
 from typing import Any
 
-_GOPHER_REPETITION: dict[str, Any] = {
+_GOPHER: dict[str, Any] = {
+    "min_words": 50,
+    "max_words": 100_000,
+    "min_mean_word_length": 3.0,
+    "max_mean_word_length": 10.0,
+    "max_symbols": 0.1,
+    "max_bullet_lines": 0.9,
+    "max_ellipsis_lines": 0.3,
+    "min_alphabetic_words": 0.8,
+    "min_stop_words": 2,
     "max_duplicate_lines": 0.3,
     "max_duplicate_paragraphs": 0.3,
     "max_duplicate_line_chars": 0.2,
@@ -32,18 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_url_share": 0.5,
         "max_garbled": 20.0,
     },
-    "gopher": {
-        "min_words": 50,
-        "max_words": 100_000,
-        "min_mean_word_length": 3.0,
-        "max_mean_word_length": 10.0,
-        "max_symbols": 0.1,
-        "max_bullet_lines": 0.9,
-        "max_ellipsis_lines": 0.3,
-        "min_alphabetic_words": 0.8,
-        "min_stop_words": 2,
-        **_GOPHER_REPETITION,
-    },
+    "gopher": _GOPHER,
     "c4": {
         "min_sentences": 5,
         "min_terminal_lines": 0.5,
@@ -51,16 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "forbid": ("lorem ipsum", "javascript", "{"),
     },
     "fineweb": {
-        "min_words": 50,
-        "max_words": 100_000,
-        "min_mean_word_length": 3.0,
-        "max_mean_word_length": 10.0,
-        "max_symbols": 0.1,
-        "max_bullet_lines": 0.9,
-        "max_ellipsis_lines": 0.3,
-        "min_alphabetic_words": 0.8,
-        "min_stop_words": 2,
-        **_GOPHER_REPETITION,
+        **_GOPHER,
         "min_terminal_lines": 0.12,
         "max_short_lines": 0.67,
         "max_newlines_per_word": 0.3,
