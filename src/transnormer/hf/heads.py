@@ -132,9 +132,9 @@ class AnyTransnormerForCausalLM(AnyTransnormerHead, GenerationMixin):
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
             return
-        if wanted not in (None, "dynamic", "dynamic_full", "static"):
+        if wanted not in (None, "dynamic", "static"):
             raise NotImplementedError(
-                f"cache_implementation is {wanted!r}; expected None or 'static': a recurrent state "
+                f"cache_implementation is {wanted!r}; expected None, 'dynamic' or 'static': a recurrent state "
                 "has no keys to move or to quantize"
             )
         cache = DecoderCache()
