@@ -134,8 +134,8 @@ class AnyTransnormerForCausalLM(AnyTransnormerHead, GenerationMixin):
             return
         if wanted not in (None, "dynamic", "static"):
             raise NotImplementedError(
-                f"cache_implementation is {wanted!r}; expected None, 'dynamic' or 'static': a recurrent state "
-                "has no keys to move or to quantize"
+                f"cache_implementation is {wanted!r}; expected None, 'dynamic' or 'static': a "
+                "recurrent state has no keys to move or to quantize"
             )
         cache = DecoderCache()
         if wanted == "static":
