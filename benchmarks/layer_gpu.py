@@ -103,7 +103,7 @@ def costliest(call: Any, top: int) -> list[dict[str, Any]]:
     """Names, counts and milliseconds of the kernels that took longest in one call."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
         call()
         torch.cuda.synchronize()
     events = sorted(record.key_averages(), key=lambda e: -e.self_device_time_total)

@@ -24,7 +24,6 @@ MODES = {
 
 
 # Compiled in float32, which the compiler would rather see rounded to TF32.
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_greedy_tokens_under_load_are_those_alone(mode: dict[str, object]) -> None:
     engine = engine_of(make_model().cuda(), slots=5, prefill_tokens=40, **mode)

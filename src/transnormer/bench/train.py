@@ -210,7 +210,7 @@ class _Steps:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities) as found:
+        with profile(activities=activities, acc_events=True) as found:
             wall = self.seconds(count)
         times = time_by_part(found.events() or [], 1000 * wall, self._device)
         return {part: time / count for part, time in times.items()}

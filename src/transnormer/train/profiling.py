@@ -111,7 +111,7 @@ class StepProfiler:
                 torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
                 torch.cuda.synchronize()
             self._first = step
-            self._running = profile(activities=activities)
+            self._running = profile(activities=activities, acc_events=True)
             self._running.start()
 
     def after(self, step: int) -> None:

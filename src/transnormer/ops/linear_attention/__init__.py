@@ -48,12 +48,6 @@ def _needs_constant_decay(request: Request) -> Exception | None:
     )
 
 
-def _is_narrow_key_gate(request: Request) -> bool:
-    """Calls whose gradient of log_decay an H100 gets wrong; the interpreter gets it right."""
-    narrow = request.decay_dims == 4 and request.key_dim <= 32
-    return narrow and request.dtype != torch.float32 and request.device.type == "cuda"
-
-
 def _needs_triton(request: Request) -> Exception | None:
     reason = why_not_named(request.device, request.named)
     if reason is not None:
@@ -63,9 +57,6 @@ def _needs_triton(request: Request) -> Exception | None:
     elif not (request.key_dim <= 256 and request.value_dim <= 512):
         what = f"key_dim is {request.key_dim} and value_dim {request.value_dim}"
         expected = "at most 256 and 512"
-    elif _is_narrow_key_gate(request):
-        what = f"key_dim is {request.key_dim} and log_decay has a gate a key"
-        expected = "at least 33, or float32 inputs"
     else:
         return None
     return NotImplementedError(

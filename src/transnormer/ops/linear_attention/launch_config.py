@@ -53,8 +53,8 @@ def sweep_tiles(
             return Tiles(16, block, min(values, 32), 4, 2)
         if gpu.shared_memory < 131_072:
             return Tiles(32, block, min(values, 64), 4, 1)
-        wide = block == 128 and (dtype == torch.float16 or gpu.shared_memory < 196_608)
-        return Tiles(64, block, min(values, 64), 4, 2 if wide else 3)
+        # Two stages at 128: two programs then fit a processor.
+        return Tiles(64, block, min(values, 64), 4, 2 if block == 128 else 3)
     if dtype == torch.float32:
         chunk, most, warps = (32, 32, 8) if block <= 64 else (16, 32 if block == 128 else 16, 8)
         return Tiles(chunk, block, min(values, most), warps, 2)
@@ -64,7 +64,7 @@ def sweep_tiles(
         alone = rows * -(-value_dim // 64) <= gpu.processors
         if alone and gpu.shared_memory >= 131_072:
             return Tiles(64, block, min(values, 64), 4, 3)
-        return Tiles(32, block, min(values, 64), 4, 5 if backward else 4)
+        return Tiles(32, block, min(values, 64), 4, 5 if backward else 3 if gated else 4)
     if block == 256 and dtype == torch.bfloat16:
         return Tiles(16, block, min(values, 64), 4, 3)
     if block == 256:
@@ -136,7 +136,7 @@ class GatedTiles(NamedTuple):
     states: Tiles
     values: Tiles
     keys: Tiles
-    levels: Tiles  # of what keys leaves; the key_blocks of both divide that of gates
+    levels: Tiles  # of what keys leaves; both key_blocks divide that of gates or hold key_dim
 
     @property
     def chunk(self) -> int:
@@ -164,14 +164,20 @@ def gated_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu) -> G
     chunk, stages = 64 if block <= 128 else 32, 3 if block <= 128 else 2
     if gpu.shared_memory < 196_608:
         stages = 1
-    # States of float16 are float32: shared memory and registers hold fewer of them.
-    narrow = dtype == torch.bfloat16
-    ahead, most = (2 if stages == 3 and narrow else 1), (64 if narrow else 32)
+    # States of float16 are float32: shared memory holds fewer of them.
+    ahead = 2 if stages == 3 and dtype == torch.bfloat16 else 1
+    # Blocks of 32 key dims leave no number of the gradient kernels outside registers. Two widths in
+    # shared memory, and values in a single block, are what ptxas 12.8 makes wrong addresses of
+    # (tests/gpu/sass.py): one width there.
+    keys = Tiles(chunk, 32, 64 if value_dim > 64 else 32, 4, 2)
+    if chunk == 32:
+        most = 64 if dtype == torch.bfloat16 else 32
+        keys = Tiles(chunk, most, min(values, 64), 4, 2)
     return GatedTiles(
         gates=Tiles(chunk, min(block, 64), 0, 4, 1),
         sweep=Tiles(chunk, block, min(values, 64), 4, stages),
         states=Tiles(chunk, min(block, 64), min(values, 64), 4, 3),
         values=Tiles(chunk, min(block, 128), min(values, 64), 4, ahead),
-        keys=Tiles(chunk, min(block, most), min(values, 64), 4, 2),
-        levels=Tiles(chunk, min(block, 32), min(values, 64), 4, 2),
+        keys=keys,
+        levels=keys._replace(key_block=32),
     )

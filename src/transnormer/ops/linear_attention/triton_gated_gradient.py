@@ -93,7 +93,9 @@ def state_products(
     queries = tl.zeros([C, BK], dtype=tl.float32)
     keys = tl.zeros([C, BK], dtype=tl.float32)
     spans = tl.zeros([BK], dtype=tl.float32)
-    for base in range(0, V, BV):
+    # At least two rounds: a loop of one is dissolved, and its tiles then share memory with those
+    # behind it in ways that ptxas 12.8 makes wrong addresses of.
+    for base in range(0, max(V, 2 * BV), BV):
         values = base + tl.arange(0, BV)
         live = (rows[:, None] < length) & (values[None, :] < V)
         inside = (dims[None, :] < K) & (values[:, None] < V)
