@@ -144,9 +144,16 @@ def warm_one(kind: str, arguments: list[str], clock: Clock) -> dict[str, Any]:
         leaves, do = make_leaves(tuple(int(size) for size in name.split("x")), kind, clock.device)
         for peer, where in PEERS[kind].items():
             call = peer_call(peer, *where)
-            o, forward = clock.first(lambda call=call, leaves=leaves: call(*leaves))
-            _, backward = clock.first(lambda o=o, leaves=leaves, do=do: gradients(o, leaves, do))
-            found[f"{peer} {name}"] = {"forward": forward, "backward": backward}
+            seconds = found[f"{peer} {name}"] = {}
+            try:
+                o, seconds["forward"] = clock.first(lambda call=call, leaves=leaves: call(*leaves))
+                _, seconds["backward"] = clock.first(
+                    lambda o=o, leaves=leaves, do=do: gradients(o, leaves, do)
+                )
+            except Exception as error:
+                seconds["error"] = error_text(error)
+                if is_lost(error):
+                    raise
     return found
 
 
