@@ -6,14 +6,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Every install passes the constraints: without them pip picks a torch with gigabytes of CUDA.
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: help quickstart test check format lint types test-slow test-gpu bench-cpu clean
+.PHONY: help quickstart house test check format lint types test-slow test-gpu bench-cpu docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, train a small model on the text that Python ships, sample from it"
+	@echo "make house DATA=FOLDER   the house model: tokens, training, artifacts/tnl-30m"
 	@echo "make test         install, then format check, lint, import layers, types, tests"
 	@echo "make test-slow    the long tests      make test-gpu    the tests that need a GPU"
 	@echo "make bench-cpu    the CPU benchmarks; they write benchmarks/results/"
+	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make format       rewrite the sources in the one format"
 	@echo "make clean        remove the environment and caches; runs/ stays"
 
@@ -41,6 +43,12 @@ quickstart: $(VENV)/.installed-core
 	$(BIN)/transnormer train recipes/quickstart.toml --set output.dir=$(QUICKSTART_RUN)
 	@echo; echo "a sample of $(QUICKSTART_RUN), after the prompt \"def \":"
 	@$(BIN)/transnormer generate $(QUICKSTART_RUN) --prompt 'def ' --max-new-tokens 200 --temperature 0.7 --top-p 0.9 --seed 0
+
+# The folder of the house model's text, see experiments/house.
+DATA ?= data
+
+house: $(VENV)/.installed-core
+	$(BIN)/python experiments/house/build.py all --data $(DATA)
 
 test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory check
@@ -70,6 +78,9 @@ test-gpu: $(VENV)/.installed-dev
 bench-cpu: $(VENV)/.installed-core
 	$(BIN)/python benchmarks/op_cpu.py
 	$(BIN)/python benchmarks/decode_cpu.py
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info

@@ -1,8 +1,12 @@
-"""Claim: on a CPU a decoded token costs the same, and the state weighs the same, at any context.
+"""Claim: on a CPU a decoded token costs the same at any context: reading the weights, once.
 
 Prefills a context, then decodes greedily. Rows of a batch share one prefilled context: decoding
 costs the same whatever the tokens are. Prints a table; the last line is JSON, which also goes to
-benchmarks/results/decode_cpu.json.
+benchmarks/results/decode_cpu.json. A row's share of the bandwidth is that of reading all weights
+and reading and writing the states in a step, against a copy in the same run.
+
+    python benchmarks/decode_cpu.py
+    python benchmarks/decode_cpu.py --model tnl-385m --weights int8 --contexts 128 --batches 1
 """
 
 import argparse
@@ -14,17 +18,29 @@ import harness
 import torch
 from torch import Tensor
 
+from transnormer.infer.quantize import quantize
 from transnormer.models import zoo
 from transnormer.models.decoder import Decoder, DecoderConfig
+from transnormer.models.quantized_weights import plain_parts
 from transnormer.models.state import DecoderState
 
 CONTEXTS = [128, 512, 2048, 8192, 32_768]
 CHUNK = 2048
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def small_config() -> DecoderConfig:
     """A TransNormerLLM of about 46 million parameters: small enough for a long context on a CPU."""
     return zoo.tnl_custom(vocab_size=8192, model_dim=512, num_layers=12, heads=8, glu_dim=1408)
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Bytes of weights that a step reads, integers and scales of quantised ones."""
+    parts = plain_parts(model.state_dict())
+    if not model.config.tie_embeddings:
+        # A row of it alone.
+        parts.pop("embedding.weight")
+    return sum(x.numel() * x.element_size() for x in parts.values())
 
 
 def prefill(model: Decoder, context: int) -> tuple[Tensor, DecoderState, float]:
@@ -53,9 +69,10 @@ def decode(model: Decoder, token: Tensor, state: DecoderState, steps: int) -> li
 
 
 def measure(
-    model: Decoder, contexts: list[int], batches: list[int], steps: int
+    model: Decoder, contexts: list[int], batches: list[int], steps: int, gb_per_s: float
 ) -> list[dict[str, Any]]:
     """One row a context and batch."""
+    weights = weight_bytes(model)
     rows = []
     for context in contexts:
         token, state, took = prefill(model, context)
@@ -64,6 +81,7 @@ def measure(
             decode(model, token.expand(batch, 1), rows_of_state, 3)
             times = sorted(decode(model, token.expand(batch, 1), rows_of_state, steps))
             median = times[len(times) // 2]
+            states = sum(x.numel() * x.element_size() for x in rows_of_state.layers)
             rows.append(
                 {
                     "context": context,
@@ -71,7 +89,8 @@ def measure(
                     "ms_per_step": median * 1e3,
                     "ms_per_step_p90": times[int(0.9 * (len(times) - 1))] * 1e3,
                     "tokens_per_second": batch / median,
-                    "state_bytes": sum(x.numel() * x.element_size() for x in rows_of_state.layers),
+                    "state_bytes": states,
+                    "share_of_bandwidth": (weights + 2 * states) / median / 1e9 / gb_per_s,
                     "prefill_tokens_per_second": context / took,
                 }
             )
@@ -81,6 +100,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="small", help="small, or a name of the zoo: tnl-385m")
+    parser.add_argument("--weights", choices=[*DTYPES, "int8"], default="float32")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=64)
@@ -90,20 +110,30 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     config = small_config() if arguments.model == "small" else zoo.get(arguments.model)
-    model = Decoder(config).eval()
+    # Integers stand beside activations in bfloat16.
+    model = Decoder(config).to(DTYPES.get(arguments.weights, torch.bfloat16)).eval()
+    if arguments.weights == "int8":
+        quantize(model, 8)
+    limits = harness.measured_limits()
     result: dict[str, Any] = {
         "benchmark": "decode_cpu",
         "environment": harness.environment(),
-        "limits": harness.measured_limits(),
+        "limits": limits,
         "model": {
             "name": arguments.model,
             "parameters": model.num_parameters(),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "dtype": "float32",
+            "weight_bytes": weight_bytes(model),
+            "weights": arguments.weights,
         },
     }
-    with torch.inference_mode():
-        rows = measure(model, arguments.contexts, arguments.batches, arguments.steps)
+    with torch.no_grad():
+        rows = measure(
+            model,
+            arguments.contexts,
+            arguments.batches,
+            arguments.steps,
+            limits["copy_gb_per_s"],
+        )
     result["rows"] = rows
     ratios = {}
     for batch in arguments.batches:
@@ -113,7 +143,7 @@ def main() -> None:
         ratios[name] = times[longest] / times[shortest]
     result["summary"] = ratios
     harness.print_table(
-        ("context", "batch", "ms/step", "tokens/s", "state MB"),
+        ("context", "batch", "ms/step", "tokens/s", "state MB", "bandwidth"),
         [
             (
                 r["context"],
@@ -121,6 +151,7 @@ def main() -> None:
                 f"{r['ms_per_step']:.2f}",
                 f"{r['tokens_per_second']:.1f}",
                 f"{r['state_bytes'] / 1e6:.2f}",
+                f"{r['share_of_bandwidth']:.0%}",
             )
             for r in rows
         ],

@@ -1,290 +1,264 @@
 """Claim: on one GPU TransNormerLLM trains at the speed of the hardware, at every length.
 
-Whole training steps (forward, backward, clipping, AdamW) of 24 x 1,024 models, about 0.4 B
-parameters, vocabulary 64,000, in bfloat16, at 32,768 tokens a step in rows of 2,048, 8,192 and
-32,768, and 131,072 tokens in one row:
+Whole updates of 24 x 1,024 models, about 0.4 B parameters, vocabulary 64,000, in bfloat16, at
+32,768 tokens a step in rows of 2,048 to 32,768, and 131,072 tokens in one row:
 
-- tnl: the trainer's own step, blocks compiled; tnl_eager without compilation;
-- llama: our LLaMA of the same size in the same step, compiled, attention by cuDNN;
-- hf_llama, hf_llama_compiled: transformers' LLaMA with SDPA, weights and states in bfloat16, which
-  is the faster for it, torch's fused AdamW.
+- tnl: as recipes/tnl_385m.toml trains it, with train.cuda_graph; with a variant's name, one choice changed, so that the
+  rows show what each is worth;
+- llama: our LLaMA of the same size in the same update with the same choices, attention by cuDNN;
+- hf_llama, hf_llama_compiled: transformers' LLaMA with SDPA, weights and states in bfloat16;
+- tnl_1b, tnl_7b and a row of 4,194,304 tokens trained in segments.
 
-Every figure is the median over steps after the first three. ``--profile`` adds the kernels of one
-step. Writes benchmarks/results/train_gpu.json; the last line is JSON.
+Every row runs in a process of its own, the most important first; the result is written after each.
+Before that, models of two layers compile what the rows need, several at once, so that a row's first
+step finds it on the disk. Figures are medians over steps after the first four. Writes
+benchmarks/results/train_gpu.json; the last line is JSON. ``plot_train_gpu.py`` draws it.
 
-    python benchmarks/train_gpu.py
-    python benchmarks/train_gpu.py --subjects tnl llama --lengths 2048 32768 --profile
+    python benchmarks/train_gpu.py --budget 530
+    python benchmarks/train_gpu.py --rows tnl@2048 llama@2048 --profile
     python benchmarks/train_gpu.py --device cpu     a dry run at toy sizes: its numbers mean nothing
 """
 
 import argparse
 import json
-import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
-import torch
 from op_gpu import rounded
-from subjects import error_text, is_lost
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from subjects import error_text
+from train_gpu_subjects import Row, measure
 
 from transnormer.models import zoo
-from transnormer.models.compilation import compile_blocks
 from transnormer.models.cost import ModelCost
-from transnormer.models.decoder import Decoder, DecoderConfig
-from transnormer.optim import OptimizerConfig, build_optimizer
 
-LENGTHS = (2_048, 8_192, 32_768, 131_072)
-TOKENS = 32_768
-SUBJECTS = ("tnl", "llama", "tnl_eager", "hf_llama", "hf_llama_compiled")
-SIZES = {"vocab_size": 64_000, "model_dim": 1_024, "num_layers": 24, "heads": 8, "glu_dim": 2_816}
-TOY = {"vocab_size": 512, "model_dim": 64, "num_layers": 2, "heads": 2, "glu_dim": 96}
-# Tokens a second of tnl, and its least share of another's in the same run, by length.
-TARGETS = {2_048: 190_000, 8_192: 190_000, 32_768: 190_000, 131_072: 180_000}
-SHARES = {
-    "llama": {2_048: 1.05, 8_192: 1.4, 32_768: 2.7},
-    "hf_llama": {2_048: 1.85, 8_192: 2.2, 32_768: 3.6},
-    "hf_llama_compiled": {2_048: 1.85, 8_192: 2.2, 32_768: 3.6},
-}
-# Peak memory at 32,768 tokens a step, in 10^9 bytes.
-MEMORY_GB = 32.0
-WARMUP, SHORT = 3, ("benchmark", "verdicts")
+RESIDUAL, COMPILE = "train.residual=bfloat16", "train.compile=true"
+GRAPH, BLOCKS = "train.cuda_graph=true", "train.activation_memory="
+# What the recipe says.
+FAST = (COMPILE, RESIDUAL, GRAPH, BLOCKS + "0.9")
+ROOMY = (COMPILE, RESIDUAL, GRAPH)
+SEVEN = (
+    "train.weights=bfloat16",
+    "optimizer.states=bfloat16",
+    "train.checkpointing=full",
+    COMPILE,
+)
+SEGMENTS = (COMPILE, RESIDUAL, "train.segment_tokens=32768")
 
 
-class Step(NamedTuple):
-    """A training step of one subject: what runs it, and the model it changes."""
+def rows_of_the_run() -> tuple[Row, ...]:
+    """All rows, the most important first."""
+    tnl = [Row("tnl", seq, settings=FAST) for seq in (2_048, 8_192, 32_768)]
+    llama = [Row("llama", seq, settings=FAST) for seq in (2_048, 8_192, 32_768)]
+    hugging_face = [Row("hf_llama", seq) for seq in (2_048, 8_192, 32_768)]
+    compiled = [Row("hf_llama_compiled", seq) for seq in (2_048, 8_192, 32_768)]
 
-    run: Callable[[Tensor], Tensor]
-    model: nn.Module
+    def variant(name: str, *settings: str) -> Row:
+        return Row("tnl", 2_048, variant=name, settings=settings)
 
-
-def our_step(config: DecoderConfig, device: str, *, compiled: bool) -> Step:
-    """The trainer's step for a model of ours."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Decoder(config).train()
-    optimizer = build_optimizer(model, OptimizerConfig(lr=3e-4))
-    if compiled:
-        compile_blocks(model)
-    parameters = list(model.parameters())
-
-    def run(ids: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            loss = model.loss(ids[:, :-1], ids[:, 1:], reduction="sum") / ids[:, 1:].numel()
-        loss.backward()
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        clip_grads_with_norm_(parameters, 1.0, norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return Step(run, model)
-
-
-def hugging_face_step(sizes: dict[str, int], device: str, *, compiled: bool) -> Step:
-    """transformers' LLaMA with SDPA, all in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    make: Any = LlamaConfig
-    config = make(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["model_dim"],
-        intermediate_size=sizes["glu_dim"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["heads"],
-        tie_word_embeddings=True,
-        max_position_embeddings=max(LENGTHS),
-        attn_implementation="sdpa",
-        use_cache=False,
+    return (
+        tnl[0],
+        variant("split", *FAST)._replace(split=True),
+        variant("roomy", *ROOMY),
+        llama[0],
+        tnl[2],
+        Row("tnl", 131_072, 131_072, settings=(*ROOMY, BLOCKS + "0.5")),
+        tnl[1],
+        llama[2],
+        llama[1],
+        hugging_face[0],
+        hugging_face[2],
+        hugging_face[1],
+        variant("compiled", COMPILE),
+        variant("residual", COMPILE, RESIDUAL),
+        variant("memory_0.4", *ROOMY, BLOCKS + "0.4"),
+        variant("memory_0.15", *ROOMY, BLOCKS + "0.15"),
+        compiled[0],
+        compiled[2],
+        Row("tnl", 8_192, 8_192, size="7b", settings=SEVEN),
+        Row("tnl", 2_048, size="1b", settings=FAST),
+        Row("tnl", 32_768, size="1b", settings=FAST),
+        Row("tnl", 131_072, 131_072, size="1b", settings=(*ROOMY, BLOCKS + "0.2")),
+        Row("tnl", 1 << 22, 1 << 22, settings=SEGMENTS),
+        compiled[1],
+        variant("packed", COMPILE, RESIDUAL)._replace(packed=True),
+        variant("selective", *ROOMY, "train.checkpointing=selective"),
+        variant("full", *ROOMY, "train.checkpointing=full"),
+        variant("eager"),
+        Row("tnl", 8_192, size="1b", settings=FAST),
     )
-    with torch.device(device):
-        model: Any = LlamaForCausalLM(config)
-        model = model.to(torch.bfloat16).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    called: Any = torch.compile(model) if compiled else model
-
-    def run(ids: Tensor) -> Tensor:
-        loss = called(input_ids=ids[:, :-1].contiguous(), labels=ids[:, :-1].contiguous()).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return Step(run, model)
 
 
-def build(name: str, device: str) -> Step:
-    """A subject, by name."""
-    sizes = SIZES if device == "cuda" else TOY
-    if name.startswith("hf_llama"):
-        return hugging_face_step(sizes, device, compiled=name.endswith("compiled"))
-    if name == "llama":
-        config = zoo.llama_custom(**sizes, tie_embeddings=True)
-        return our_step(config, device, compiled=True)
-    return our_step(zoo.tnl_custom(**sizes), device, compiled=name == "tnl" and device == "cuda")
+# Tokens a second of a row, at least.
+TARGETS = {
+    "tnl@2048": 190_000,
+    "tnl@8192": 190_000,
+    "tnl@32768": 190_000,
+    "tnl@131072": 180_000,
+    "tnl_1b@2048": 72_000,
+    "tnl_1b@8192": 72_000,
+    "tnl_1b@32768": 72_000,
+    "tnl_1b@131072": 64_000,
+    "tnl_7b@8192": 8_000,
+}
+# The least share of the first row's tokens a second over the second's.
+SHARES = {
+    ("tnl@2048", "llama@2048"): 1.05,
+    ("tnl@8192", "llama@8192"): 1.4,
+    ("tnl@32768", "llama@32768"): 2.7,
+    **{
+        (f"tnl@{seq}", f"{peer}@{seq}"): least
+        for peer in ("hf_llama", "hf_llama_compiled")
+        for seq, least in ((2_048, 1.85), (8_192, 2.2), (32_768, 3.6))
+    },
+    ("tnl_memory_0.4@2048", "tnl@2048"): 0.9,
+    ("tnl_memory_0.15@2048", "tnl@2048"): 0.8,
+    ("tnl_packed@2048", "tnl_residual@2048"): 0.95,
+    ("tnl@4194304", "tnl@32768"): 0.65,
+}
+# The most memory of a row, in 10^9 bytes.
+MEMORY_GB = {"tnl@2048": 32.0, "tnl_memory_0.4@2048": 20.0, "tnl_memory_0.15@2048": 14.0}
+# A first step, from caches of the disk or without, in seconds.
+FIRST_STEP_S = 90.0
+SHORT = ("benchmark", "verdicts")
+_ROW_S, _COMPILE_S = 150.0, 150.0
+# Processes that compile at once.
+_WORKERS = 8
 
 
-def attention_by(name: str, device: str) -> AbstractContextManager[Any]:
-    """cuDNN's attention for our LLaMA; torch's choice for the others."""
-    if name != "llama" or device == "cpu":
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
-
-
-def measure(step: Step, rows: int, seq: int, device: str, steps: int, top: int) -> dict[str, Any]:
-    """Seconds of the first step, the median after it, tokens a second and peak memory."""
-    cuda = device == "cuda"
-    wait = torch.cuda.synchronize if cuda else (lambda: None)
-    vocab_size = SIZES["vocab_size"] if cuda else TOY["vocab_size"]
-    generator = torch.Generator(device).manual_seed(1)
-    ids = torch.randint(vocab_size, (rows, seq + 1), device=device, generator=generator)
-    times, losses = [], []
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARMUP + steps):
-        wait()
-        began = time.perf_counter()
-        losses.append(step.run(ids))
-        wait()
-        times.append(time.perf_counter() - began)
-    median = statistics.median(times[WARMUP:])
-    found: dict[str, Any] = {
-        "rows": rows,
-        "seq": seq,
-        "first_step_s": times[0],
-        "step_ms": 1e3 * median,
-        "slowest_ms": 1e3 * max(times[WARMUP:]),
-        "tokens_per_second": rows * seq / median,
-        "losses": [float(losses[0]), float(losses[-1])],
-    }
-    if cuda:
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if top and cuda:
-        found["kernels"], found["kernels_ms"] = kernels_of(lambda: step.run(ids), top)
-    return found
-
-
-def kernels_of(call: Callable[[], object], top: int) -> tuple[list[dict[str, Any]], float]:
-    """The costliest kernels of one call, and the milliseconds of all of them."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        call()
-        torch.cuda.synchronize()
-    events = sorted(record.key_averages(), key=lambda e: -e.self_device_time_total)
-    rows = [
-        {"name": e.key[:110], "count": e.count, "ms": e.self_device_time_total / 1e3}
-        for e in events[:top]
-    ]
-    return rows, sum(e.self_device_time_total for e in events) / 1e3
-
-
-def verdicts(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The targets, each with its value and whether it is met."""
-
-    def at(name: str, seq: int) -> dict[str, Any] | None:
-        rows = found.get(name, [])
-        return next((r for r in rows if r["seq"] == seq and "step_ms" in r), None)
-
+def verdicts(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The targets of the rows that were measured, each with its value and whether it is met."""
     made: dict[str, Any] = {}
-    for seq, least in TARGETS.items():
-        mine = at("tnl", seq)
-        if mine is None:
-            continue
-        values: dict[str, tuple[float, float]] = {
-            "tokens_per_second": (mine["tokens_per_second"], least)
-        }
-        for peer, shares in SHARES.items():
-            if seq in shares and (other := at(peer, seq)) is not None:
-                value = mine["tokens_per_second"] / other["tokens_per_second"]
-                values[f"over_{peer}"] = (value, shares[seq])
-        made[str(seq)] = {
-            key: {"value": value, "at_least": goal, "met": value >= goal}
-            for key, (value, goal) in values.items()
-        }
-        if seq <= TOKENS and "peak_gb" in mine:
-            value = mine["peak_gb"]
-            met = value <= MEMORY_GB
-            made[str(seq)]["peak_gb"] = {"value": value, "at_most": MEMORY_GB, "met": met}
+
+    def judge(name: str, value: float, goal: float, *, most: bool = False) -> None:
+        met = value <= goal if most else value >= goal
+        made[name] = {"value": value, "at_most" if most else "at_least": goal, "met": met}
+
+    speed = {name: row["tokens_per_second"] for name, row in rows.items() if "step_ms" in row}
+    for name, least in TARGETS.items():
+        if name in speed:
+            judge(f"{name} tokens/s", speed[name], least)
+    for (name, other), least in SHARES.items():
+        if name in speed and other in speed:
+            judge(f"{name} over {other}", speed[name] / speed[other], least)
+    for name, most in MEMORY_GB.items():
+        if "peak_gb" in rows.get(name, {}):
+            judge(f"{name} GB", rows[name]["peak_gb"], most, most=True)
+    if "first_step_s" in rows.get("tnl@2048", {}):
+        judge("tnl@2048 first step s", rows["tnl@2048"]["first_step_s"], FIRST_STEP_S, most=True)
     return made
 
 
-def run_subject(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All lengths of one subject; a failure costs its own row."""
-    rows: list[dict[str, Any]] = []
-    device = options.device
-    step = build(name, device)
-    for seq in options.lengths:
-        count, length = (max(TOKENS // seq, 1), seq) if device == "cuda" else (2, seq // 64)
-        row: dict[str, Any]
-        try:
-            with attention_by(name, device):
-                row = measure(step, count, length, device, options.steps, options.profile)
-        except Exception as error:
-            row = {"error": error_text(error)}
-            if is_lost(error):
-                raise
-        rows.append(row | {"seq": seq})
-        shown = {key: value for key, value in row.items() if key != "kernels"}
-        print(f"{name} {seq}: {json.dumps(rounded(shown))}", flush=True)
-        for kernel in row.get("kernels", ()):
-            print(f"    {kernel['ms']:8.3f} ms {kernel['count']:5d} x {kernel['name']}")
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return rows
+def child(row: str, options: argparse.Namespace, limit: float, *extra: str) -> dict[str, Any]:
+    """A row in a process of its own; what it found, or why it found nothing."""
+    command = [sys.executable, __file__, "--row", row, "--device", options.device]
+    command += ["--steps", str(options.steps), "--profile", str(options.profile), *extra]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {limit:.0f} s"}
+    lines = run.stdout.splitlines()
+    if run.returncode or not lines:
+        return {"error": " ".join(run.stderr.split())[-400:] or f"exit {run.returncode}"}
+    return json.loads(lines[-1])
+
+
+def compile_all(rows: list[Row], options: argparse.Namespace) -> dict[str, float | None]:
+    """Fill the compiler's caches, several processes at once; seconds of each first step."""
+    wanted: dict[Any, Row] = {}
+    for row in rows:
+        if any(x.startswith(COMPILE) for x in row.settings) or row.subject.endswith("compiled"):
+            settings = tuple(x for x in row.settings if x != GRAPH)
+            wanted.setdefault((row._replace(settings=settings, variant="")), row)
+    # A whole model that transformers compiles is another graph with other layers.
+    names = [row.name for row in wanted.values() if not row.subject.startswith("hf")]
+    extra = ("--layers", "2", "--steps", "0", "--profile", "0")
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        found = pool.map(lambda name: child(name, options, _COMPILE_S, *extra), names)
+    made: dict[str, float | None] = {}
+    for name, row in zip(names, found, strict=True):
+        print(f"compiled {name}: {row.get('first_step_s', row.get('error'))}", flush=True)
+        made[name] = row.get("first_step_s")
+    return made
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """Print a row, and its kernels under it."""
+    short = {key: value for key, value in row.items() if key != "kernels"}
+    print(f"{name}: {json.dumps(rounded(short))}", flush=True)
+    for kernel in row.get("kernels", ()):
+        print(f"    {kernel['ms']:8.3f} ms {kernel['count']:5d} x {kernel['name']}")
+
+
+def one_row(row: Row, options: argparse.Namespace) -> None:
+    """What a child does: the row as a line of JSON."""
+    try:
+        found = measure(
+            row,
+            steps=options.steps,
+            kernels=options.profile,
+            dry=options.device == "cpu",
+            layers=options.layers,
+        )
+    except Exception as error:
+        found = {"error": error_text(error)}
+    print(json.dumps(harness.finite(found)))
 
 
 def main() -> None:
+    rows = {row.name: row for row in rows_of_the_run()}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
-    parser.add_argument("--steps", type=int, default=12, help="timed, after three")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
+    parser.add_argument("--steps", type=int, default=10, help="timed, after four")
     parser.add_argument("--profile", type=int, nargs="?", const=25, default=0, metavar="KERNELS")
-    parser.add_argument(
-        "--budget", type=float, default=1e9, help="start no subject after so many s"
-    )
+    parser.add_argument("--budget", type=float, default=1e9, help="start no row after so many s")
+    parser.add_argument("--no-prepare", action="store_true", help="compile in the rows alone")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--commit", help="for a copy of the tree that has no history")
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "train_gpu.json")
+    parser.add_argument("--row", choices=rows, help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.row is not None:
+        one_row(rows[options.row], options)
+        return
     began = time.monotonic()
-    tnl = zoo.tnl_custom(**(SIZES if options.device == "cuda" else TOY))
+    parameters = {
+        name: ModelCost.of(zoo.get(f"tnl-{name}")).parameters for name in ("385m", "1b", "7b")
+    }
     result: dict[str, Any] = {
         "benchmark": "train_gpu",
         "environment": harness.gpu_environment(options.commit),
-        "sizes": SIZES,
-        "parameters": ModelCost.of(tnl).parameters,
-        "subjects": {},
+        "parameters": parameters,
+        "rows": {},
+        "verdicts": {},
     }
-    for name in options.subjects:
-        if time.monotonic() - began > options.budget:
-            result["subjects"][name] = [{"seq": 0, "left_out": "the seconds were spent"}]
+    if options.device == "cpu":
+        result["dry_run"] = "numbers mean nothing"
+    elif not options.no_prepare:
+        chosen = [rows[name] for name in options.rows]
+        result["first_step_of_two_layers_s"] = compile_all(chosen, options)
+    for name in options.rows:
+        left = options.budget - (time.monotonic() - began)
+        if left <= 0:
+            result["rows"][name] = {"left_out": "the seconds were spent"}
             continue
-        try:
-            result["subjects"][name] = run_subject(name, options)
-        except Exception as error:
-            result["subjects"][name] = [{"seq": 0, "error": error_text(error)}]
-            print(f"{name}: {error_text(error)}", flush=True)
-            if is_lost(error):
-                break
-        torch._dynamo.reset()
-        result["verdicts"] = verdicts(result["subjects"])
-        harness.publish(result, options.output, SHORT)
-    for seq, verdict in result["verdicts"].items():
-        print(f"{seq}: {json.dumps(rounded(verdict))}")
-    harness.publish(result, options.output, SHORT)
+        row = child(name, options, min(_ROW_S, left + 20))
+        row |= {"settings": list(rows[name].settings), "seq": rows[name].seq}
+        result["rows"][name] = row | {"tokens": rows[name].tokens}
+        show(name, row)
+        result["verdicts"] = verdicts(result["rows"])
+        harness.publish(result, options.output, ("benchmark",))
+    result["failures"] = [name for name, row in result["rows"].items() if "error" in row]
+    for name, verdict in result["verdicts"].items():
+        print(f"{name}: {json.dumps(rounded(verdict))}")
+    harness.publish(result, options.output, (*SHORT, "failures"))
 
 
 if __name__ == "__main__":

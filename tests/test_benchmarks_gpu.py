@@ -266,12 +266,31 @@ def test_dry_run_of_the_correctness_grid(tmp_path: Path) -> None:
 
 
 def test_dry_run_of_decode_gpu(tmp_path: Path) -> None:
-    options = ["--models", "tnl-7b", "--batches", "1", "256", "--modes", "ring", "--steps", "2"]
-    result = run_dry("decode_gpu.py", tmp_path / "decode.json", *options)
+    options = [
+        "--models",
+        "tnl-7b",
+        "--batches",
+        "1",
+        "256",
+        "--modes",
+        "ring",
+        "prefill",
+        "--steps",
+    ]
+    result = run_dry("decode_gpu.py", tmp_path / "decode.json", *options, "2")
     rows = result["models"]["tnl-7b"]["decode"]
     assert [row["context"] for row in rows] == [1024, 1024, 131_072, 131_072]
     assert all(row["share_of_limit"] > 0 for row in rows)
+    assert result["check"]["right"]
     assert {"tnl-7b batch 256 ring", "tnl-7b prefill", "tnl-7b ragged"} <= set(result["verdicts"])
+
+
+def test_decode_gpu_begins_nothing_when_its_seconds_are_spent(tmp_path: Path) -> None:
+    options = ["--models", "tnl-385m", "--batches", "1", "--modes", "fused", "prefill"]
+    result = run_dry("decode_gpu.py", tmp_path / "decode.json", *options, "--budget", "0")
+    assert result["models"] == {}
+    assert result["left_out"][0] == "tnl-385m fused 1024 1"
+    assert len(result["left_out"]) == 3
 
 
 def test_a_failure_of_ours_ends_with_an_exit_code(tmp_path: Path) -> None:

@@ -207,6 +207,24 @@ def test_info_lists_and_shows_published_sizes(capsys: pytest.CaptureFixture[str]
     assert (facts["state_bytes"], facts["state_bytes_per_token"]) == (25 * 8 * 128 * 128 * 4, 0)
 
 
+def test_info_bounds_the_speed_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["info", "tnl-385m", "--device", "h100", "--dtype", "bfloat16"]
+    assert run([*command, "--json"]) == 0
+    facts = last_json(capsys)
+    assert facts["device"] == "NVIDIA H100 80GB HBM3"
+    assert set(facts["most_decoded_tokens_per_second"]) == {"1_rows", "32_rows", "256_rows"}
+    assert facts["training_bytes"] == {"float32": 16 * 398_984_192, "bfloat16": 8 * 398_984_192}
+    # 12 d + 28 d + 6 f bytes a block.
+    assert facts["activation_bytes_per_token"] == 24 * (40 * 1024 + 6 * 2816)
+    assert run(command) == 0
+    rate = facts["most_decoded_tokens_per_second"]["1_rows"]
+    line = f"most decoded tokens per second, 1_rows       {rate:,}"
+    assert line in capsys.readouterr().out.splitlines()
+    assert run(["info", "llama-7b", "--json"]) == 0
+    # No formula counts these blocks.
+    assert "activation_bytes_per_token" not in last_json(capsys)
+
+
 def test_info_tells_states_that_grow(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", "hybrid-410m", "--json"]) == 0
     facts = last_json(capsys)
@@ -355,7 +373,17 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "eval of nothing": (["eval", "run", "--text", "absent.txt"], 2, "absent.txt"),
     "eval of an empty text": (["eval", "run", "--text", "empty.txt"], 2, "empty.txt"),
     "eval without a text": (["eval", "run"], 2, "Missing option '--text'"),
-    "convert to another": (["convert", "run", "out", "--to", "onnx"], 2, "--to is 'onnx'"),
+    "convert to another": (["convert", "run", "out", "--to", "coreml"], 2, "--to is 'coreml'"),
+    "convert to what nothing reads": (
+        ["convert", "run", "out", "--to", "gguf"],
+        2,
+        "llama.cpp has no model",
+    ),
+    "convert to another onnx": (
+        ["convert", "run", "out", "--to", "onnx", "--dtype", "bfloat16"],
+        2,
+        "--dtype is 'bfloat16'; expected float32",
+    ),
     "convert onto a run": (["convert", "run", "run", "--to", "released"], 2, "run holds"),
     "convert what cannot be": (
         ["convert", "dropping", "out", "--to", "released"],
@@ -364,6 +392,8 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     ),
     "tokenize into a folder": (["tokenize", "encode", "corpus.txt", "run"], 2, "run exists"),
     "tokenize nothing": (["tokenize", "train", "empty.txt", "out"], 2, "empty.txt"),
+    "info on no device": (["info", "tnl-385m", "--device", "tpu"], 2, "device is 'tpu'; expected"),
+    "info in half a dtype": (["info", "tnl-385m", "--dtype", "int8"], 2, "--dtype is 'int8'"),
     "info of nothing": (["info", "absent/model/x"], 2, "is not a directory"),
 }
 if not torch.cuda.is_available():

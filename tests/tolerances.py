@@ -198,3 +198,33 @@ RELAID_LOSS = 1e-6
 # Logits of a small model whose projections have 8-bit weights, one scale a row: 0.4 % a product, some
 # ten of them in a row (2.3e-2 seen).
 INT8_MODEL = 0.06
+
+# Log probabilities of a float32 toy model on a CPU, against one pass in float32 and its softmax in
+# float64: a few roundings of logits of size 1, in another shape of the products.
+ENGINE_LOGPROB = 1e-5
+# onnxruntime's step of toy models in float32 against one pass of the model, in deviations of the
+# logits: products in another order, over 12 tokens and two layers (5e-6 seen, with tied gates).
+ONNX_STEP = 1e-5
+
+# Log probabilities of tokens drawn by vLLM for CPUs in float32, relative to the logits' standard
+# deviation: its own products of matrices (oneDNN), in batches of another shape.
+VLLM_LOGPROB = 1e-4
+
+# Gradients of compiled blocks beside plain ones in float32: sums of some hundred terms in another order
+# (4e-7 seen).
+COMPILED_GRADIENT = 1e-5
+# Losses of a run whose residual stream is bfloat16 beside one whose is float32, both under bfloat16
+# autocast, step by step over 200 steps (training note, targets).
+RESIDUAL_LOSS = 1e-3
+
+# Log-likelihoods of continuations of some ten tokens in float32, in nats: logits of another split
+# differ by 1e-5 of their deviation, and sums of them are compared across batches and with
+# transformers' (3e-6 seen).
+LOGLIKELIHOOD = 1e-4
+# Losses and gradient norms, up to 6, of a captured run and a plain one in bfloat16 over 8 steps: the
+# same kernels, of which the embedding's gradient adds in any order.
+GPU_GRAPH = 5e-3
+# One layer between its projections as one op of kernels, against float64: linear attention's own error
+# (KERNEL_OUTPUT, KERNEL_GRADIENT), and for 16-bit inputs one rounding each of silu(q), silu(k), o and
+# their gradients (bfloat16: 4.4e-3 and 5.1e-3 seen).
+JOINT_ATTENTION = {torch.bfloat16: 8e-3, torch.float32: KERNEL_GRADIENT[torch.float32]}

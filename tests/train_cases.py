@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from transnormer.config import apply_overrides, validate
 from transnormer.train import EvaluationReport, RunConfig, StepReport, run_training
@@ -66,6 +67,33 @@ class Notes:
 
     def evaluation(self, report: EvaluationReport) -> None:
         self.evaluations.append(report)
+
+
+class Crash(Exception):
+    """What stands for a death in the tests that need no real one."""
+
+
+class CrashAt(Notes):
+    """A Progress that ends the run at a step without any farewell."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.at = step
+
+    def step(self, report: StepReport, steps: int) -> None:
+        super().step(report, steps)
+        if report.step == self.at:
+            raise Crash
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    """Every tensor file of two steps holds the same bits."""
+    names = [sorted(p.relative_to(x) for p in x.rglob("*.safetensors")) for x in (first, second)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        a, b = load_file(first / name), load_file(second / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
 class Found(NamedTuple):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 COMPRESSED_SUFFIXES = (".xz", ".gz", ".zst")
-_BLOCK = 1 << 20
+# Four bytes of zstd may say 128 kB, and what a block says is in memory at once: 32 MB.
+_ZST_BLOCK = 1 << 10
 
 
 def sha256(path: Path) -> str:
@@ -158,29 +159,31 @@ class _ZstReader(io.RawIOBase):
         self._file = path.open("rb")
         self._decompressor = zstandard.ZstdDecompressor().decompressobj()
         self._input = self._output = b""
+        self._at = 0
         self._inside = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            data = self._input or self._file.read(_BLOCK)
+        while self._at == len(self._output):
+            data = self._input or self._file.read(_ZST_BLOCK)
             self._input = b""
             if not data:
                 if self._inside:
                     raise EOFError("it ends within a frame")
                 return 0
             try:
-                self._output = self._decompressor.decompress(data)
+                self._output, self._at = self._decompressor.decompress(data), 0
             except self._zstandard.ZstdError as error:
                 raise EOFError(str(error)) from error
             self._inside = not self._decompressor.eof
             if self._decompressor.eof:
                 self._input = self._decompressor.unused_data
                 self._decompressor = self._zstandard.ZstdDecompressor().decompressobj()
-        count = min(len(buffer), len(self._output))
-        buffer[:count], self._output = self._output[:count], self._output[count:]
+        count = min(len(buffer), len(self._output) - self._at)
+        buffer[:count] = self._output[self._at : self._at + count]
+        self._at += count
         return count
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ BASE: dict[str, Any] = {"input": {"path": "x"}, "output": {"dir": "y"}}
     ("tables", "message"),
     [
         ({"dedup": {"bands": 5}}, "these find 0.6"),
-        ({"dedup": {"bands": 22}}, "expected at most 21"),
+        ({"dedup": {"bands": 21}}, "expected at most 20"),
         ({"dedup": {"keep_below": 0.9}}, "keep_below is 0.9"),
         ({"executor": {"workers": 0}}, "workers is 0"),
         ({"executor": {"kind": "slurm"}}, "partition is ''"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tolerances
 
+from transnormer.clean import minhash
 from transnormer.clean.minhash import MinHash, found_probability
 from transnormer.clean.words import jaccard
 
@@ -46,3 +47,17 @@ def test_blocks_change_nothing() -> None:
 def test_the_default_finds_enough_at_seven_tenths() -> None:
     assert found_probability(0.7, 20, 5) == pytest.approx(1 - (1 - 0.7**5) ** 20)
     assert found_probability(0.7, 20, 5) >= 0.95
+
+
+@pytest.mark.parametrize("step", [1, 1 << 10, 1 << 16])
+def test_bands_of_ranges_are_those_of_each_range(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minhash, "_BLOCK", step)
+    random = np.random.default_rng(1)
+    elements = random.integers(0, 1 << 63, 500, dtype=np.uint64)
+    edges = np.sort(random.choice(500, 40, replace=False)).reshape(-1, 2)
+    edges[-1, 1] = 500
+    family = MinHash(20, 5, 1)
+    found = family.bands_of_ranges(elements, edges[:, 0], edges[:, 1])
+    assert np.array_equal(found, [family.bands(elements[a:b]) for a, b in edges])

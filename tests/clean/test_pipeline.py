@@ -1,6 +1,7 @@
 """A whole run: every document is in one place, and a run that stopped goes on."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,23 @@ def test_a_run_that_failed_goes_on_and_skips_what_is_done(
         assert read_lines(tmp_path / "out" / folder) == read_lines(tmp_path / "whole" / folder)
     assert run_clean(source, tmp_path / "out")["documents"]["kept"] == 36
     assert ranks == [0, 1, 1, 2]
+
+
+def test_a_disk_that_refuses_writes_stops_the_run_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "in")
+    run_clean(source, tmp_path / "whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow further: what a full disk does, in the middle of a unit.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            run_clean(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out" / "report.json").exists()
+    run_clean(source, tmp_path / "out")
+    for folder in ("clean", "dropped"):
+        assert read_lines(tmp_path / "out" / folder) == read_lines(tmp_path / "whole" / folder)
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,13 @@ import json
 import lzma
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zstandard
 from clean_cases import prose, run_clean, where_ids_went, write_lines
 
 from transnormer.clean.config import InputConfig
@@ -120,6 +124,16 @@ def test_a_table_gives_its_rows(tmp_path: Path) -> None:
     assert items[0].metadata == {"source": "x"}
 
 
+def test_a_row_that_is_too_long_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="reading Parquet needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"id": ["a", "b", "c"], "text": ["x", "y" * 300, "z"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    first, bad, last = read_all(tmp_path, max_document_bytes=200)
+    assert (first.id, last.id) == ("a", "c")
+    assert bad.why["reason"] == "a row of more than 200 bytes"
+
+
 def test_the_run_stops_at_bad_input_where_it_is_told_to(tmp_path: Path) -> None:
     path = tmp_path / "in" / "a.jsonl"
     path.parent.mkdir()
@@ -157,18 +171,57 @@ print("peak", next(line for line in open("/proc/self/status") if line.startswith
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "gzip"])
-def test_a_line_of_a_gigabyte_takes_less_than_half_of_one(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / ("a.jsonl" if kind == "plain" else "a.jsonl.gz")
+HUGE = 1 << 30
+NEXT = b'\n{"id": "next", "text": "y"}\n'
+
+
+def write_bomb(path: Path, kind: str) -> None:
+    """A document of a gigabyte, and one behind it where the kind holds several."""
     block = b"x" * (1 << 20)
-    with path.open("wb") if kind == "plain" else gzip.open(path, "wb", 1) as stream:
-        for _ in range(1024):
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="reading Parquet needs pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = pyarrow.table({"id": ["big", "next"], "text": ["x" * (HUGE // 2), "y"]})
+        parquet.write_table(table, path, row_group_size=1, compression="gzip")
+        return
+    openers: dict[str, Callable[..., Any]] = {
+        ".gz": gzip.open,
+        ".xz": partial(lzma.open, preset=0),
+        ".zst": zstandard.open,
+    }
+    with openers.get(path.suffix, open)(path, "wb") as stream:
+        if kind == "warc.gz":
+            stream.write(
+                b"WARC/1.0\r\nWARC-Type: resource\r\nWARC-Record-ID: <urn:uuid:1>\r\n"
+                b"Content-Type: text/html\r\nContent-Length: %d\r\n\r\n" % HUGE
+            )
+        for _ in range(HUGE >> 20):
             stream.write(block)
-        stream.write(b'\n{"id": "next", "text": "y"}\n')
+        stream.write(NEXT if kind.startswith("jsonl") else b"\r\n\r\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("jsonl", "a line of more than"),
+        ("jsonl.gz", "a line of more than"),
+        ("jsonl.xz", "a line of more than"),
+        ("jsonl.zst", "a line of more than"),
+        ("html.gz", "a file of more than"),
+        ("warc.gz", "a record of more than"),
+        ("parquet", "rows of more than"),
+    ],
+)
+def test_a_document_of_a_gigabyte_takes_less_than_half_of_one(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    write_bomb(path, kind)
     found = subprocess.run(
         [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, check=True
     )
     assert int(found.stdout.split("peak ")[1]) < 500 * 1024
-    assert "next" in found.stdout
-    assert "a line of more than" in found.stdout
+    assert found.stdout.count(reason) == 1
+    assert ("next" in found.stdout) == (kind.startswith("jsonl") or kind == "parquet")

@@ -1,6 +1,9 @@
 """Edits of signs: what they change, and what they leave."""
 
+import random
+
 import pytest
+from ftfy.badness import badness, is_bad
 
 from transnormer.clean.rules import text as signs
 
@@ -21,6 +24,28 @@ def test_wrongly_decoded_text_is_repaired(wrong: str, right: str) -> None:
 @pytest.mark.parametrize("text", ["plain", "“quoted” — naïve café…", "你好，世界", "Ça été où?"])
 def test_well_decoded_text_stays(text: str) -> None:
     assert signs.repair_encoding(text) == (text, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_garbled_places_are_counted_as_ftfy_counts_them_in_the_whole_text(seed: int) -> None:
+    rng = random.Random(seed)
+    pieces = [
+        "Ã©",
+        "â€™",
+        " Â ",
+        "œ",
+        "a",
+        ". ",
+        "\n",
+        "plain words here, ",
+        "×²",
+        "Ц",
+        "ГўВЂВ™ x",
+        "å",
+    ]
+    text = "".join(rng.choices(pieces, k=60))
+    assert signs.garbled(text) == 1000.0 * badness(text) / len(text)
+    assert signs.is_garbled(text) == is_bad(text)
 
 
 def test_characters_that_show_nothing_go() -> None:

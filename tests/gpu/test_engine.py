@@ -1,15 +1,18 @@
 """The engine on a GPU: graphs of steps, the kernels in slots, and the same tokens as alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from decoder_cases import VOCAB, make_ids, make_model
 from engine_cases import GREEDY, assert_all_alone, engine_of, prompts_of
 from nn.mixer_cases import CASES, MixerCase
-from tolerances import BF16_MODEL, QUANTIZED_LOGITS, relative_error
+from tolerances import BF16_MODEL, QUANTIZED_LOGITS, SPLIT_GPU, relative_error
 
-from transnormer.infer.pool import FixedPool
+from transnormer.infer import fused
+from transnormer.infer.pool import FixedPool, make_pool
 from transnormer.infer.quantize import quantize
-from transnormer.models import zoo
+from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Decoder
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +23,9 @@ MODES = {
     "drafts": {"draft_tokens": 3},
     "compiled": {"compile": True},
     "compiled-ring": {"compile": True, "ring": 16},
+    "fused": {"fused": True},
+    "fused-ring": {"fused": True, "ring": 16},
+    "fused-drafts-ring": {"fused": True, "draft_tokens": 7, "ring": 16},
 }
 
 
@@ -41,16 +47,46 @@ def test_every_mixer_runs_from_its_slots(case: MixerCase) -> None:
     assert_all_alone(case.model(), prompts, requests)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize("ring", [None, 16])
+@pytest.mark.parametrize("overlap", [False, True], ids=["apart", "overlapping"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fused_steps_have_the_logits_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, overlap: bool, ring: int | None, rows: int
+) -> None:
+    """Twenty steps in graphs, so that a kernel that begins too early meets what is not yet there."""
+    monkeypatch.setattr(fused, "OVERLAP", overlap)
+    torch.manual_seed(0)
+    config = zoo.tnl_custom(vocab_size=512, model_dim=512, num_layers=4, heads=4, glu_dim=1408)
+    model = Decoder(config.model_copy(update={"init_std": 0.05})).to("cuda", dtype).eval()
+    pools = [make_pool(model, rows, fused=is_fused, ring=ring) for is_fused in (False, True)]
+    limit = BF16_MODEL if dtype == torch.bfloat16 else SPLIT_GPU
+    for step in range(20):
+        ids = torch.randint(512, (rows, 1), generator=torch.Generator().manual_seed(step))
+        plain, made = (pool.decode(ids, range(rows), rows).clone() for pool in pools)
+        assert relative_error(made, plain) <= limit
+        if dtype == torch.float32:
+            assert pools[1].likeliest[0, :, 0].tolist() == made[:, 0].argmax(-1).tolist()
+    states = [pool.read(range(rows)) for pool in pools]
+    assert states[0].positions.tolist() == states[1].positions.tolist() == [20] * rows
+    for plain, made in zip(states[0].layers, states[1].layers, strict=True):
+        assert relative_error(made, plain) <= limit
+
+
+@pytest.mark.parametrize("mode", [{}, {"fused": True}], ids=["plain", "fused"])
 @pytest.mark.parametrize("ring", [None, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_batch_invariant_mode_gives_the_same_bits(dtype: torch.dtype, ring: int | None) -> None:
+def test_the_batch_invariant_mode_gives_the_same_bits(
+    dtype: torch.dtype, ring: int | None, mode: dict[str, bool]
+) -> None:
     torch.manual_seed(0)
     config = zoo.tnl_custom(vocab_size=512, model_dim=512, num_layers=4, heads=4, glu_dim=1408)
     model = Decoder(config).to("cuda", dtype).eval()
     prompts = prompts_of((5, 1, 90, 33, 17))
 
     def run(chosen: list[int]) -> list[object]:
-        engine = engine_of(model, slots=4, prefill_tokens=64, batch_invariant=True, ring=ring)
+        options = {"slots": 4, "prefill_tokens": 64, "batch_invariant": True, "ring": ring}
+        engine = engine_of(model, **options, **mode)
         requests = [
             engine.submit(prompts[i], max_new_tokens=40, sampling=GREEDY, logprobs=512)
             for i in chosen
@@ -76,7 +112,7 @@ def test_a_graph_serves_every_length_and_a_row_that_is_not_real_changes_nothing(
         assert_all_alone(make_model(), prompts_of(lengths), requests)
         for length, request in zip(lengths, requests, strict=True):
             assert request.state.positions.tolist() == [length + 9]
-    assert set(pool._step._graphs) <= {(1, 1), (2, 1), (4, 1)}
+    assert set(pool.step._graphs) <= {(1, 1), (2, 1), (4, 1)}
     assert int(pool.positions[4]) == 0
 
 
@@ -96,3 +132,18 @@ def test_quantised_weights_are_those_of_the_cpu(bits: int, calibrated: bool) -> 
     # Four bits to the nearest have another zero in the kernels' format.
     limit = QUANTIZED_LOGITS[4] if bits == 4 else 2 * BF16_MODEL
     assert relative_error(logits["cuda"], logits["cpu"]) <= limit
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_files_quantised_on_a_cpu_run_on_the_gpu(tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("torchao")
+    config = zoo.tnl_custom(vocab_size=VOCAB, model_dim=64, num_layers=2, heads=2, glu_dim=128)
+    model = make_model(config.model_copy(update={"init_std": 0.1}), torch.bfloat16)
+    quantize(model, bits, group_size=32)
+    checkpoint.save(model, tmp_path)
+    ids, loaded = make_ids(2, 30), checkpoint.load(tmp_path, device="cuda")
+    made = loaded(ids.cuda()).logits.cpu()
+    assert relative_error(made, model(ids).logits) <= 2 * BF16_MODEL
+    pool = make_pool(loaded, 1, fused=True)
+    fused_logits = pool.decode(ids[:1, :1], [0], 1)[0].cpu()
+    assert relative_error(fused_logits, model(ids[:1, :1]).logits[0]) <= 2 * BF16_MODEL

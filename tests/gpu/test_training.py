@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from decoder_cases import make_ids, make_model, tnl_config
-from tolerances import GPU_SEGMENTS
+from tolerances import GPU_GRAPH, GPU_SEGMENTS, RESIDUAL_LOSS
 from torch import Tensor
 from train_cases import Notes, tiny_run
 
@@ -128,3 +128,79 @@ def test_a_run_with_all_of_it_learns(tmp_path: Path) -> None:
     )
     run_training(config, progress=(notes := Notes()))
     assert notes.steps[-1].loss < notes.steps[0].loss - 1.0
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"], ids=["eager", "compiled"])
+@pytest.mark.parametrize("micro_batch", [4, 1], ids=["one-part", "four-parts"])
+def test_a_captured_step_is_the_plain_one(tmp_path: Path, micro_batch: int, compiled: str) -> None:
+    found = {}
+    for name in ("false", "true"):
+        torch._dynamo.reset()
+        config = tiny_run(
+            tmp_path,
+            "train.device=cuda",
+            "train.precision=bfloat16",
+            "train.residual=bfloat16",
+            f"train.compile={compiled}",
+            f"train.cuda_graph={name}",
+            f"train.micro_batch={micro_batch}",
+            "train.steps=8",
+            "train.save_every=4",
+            "model.dropout=0",
+            "guard.action=skip",
+            f"output.dir={tmp_path / name}",
+        )
+        run_training(config, progress=(notes := Notes()))
+        found[name] = [(report.loss, report.grad_norm) for report in notes.steps]
+    # The embedding's gradient is summed by atomics, in any order.
+    assert torch.tensor(found["true"]).sub(torch.tensor(found["false"])).abs().max() < GPU_GRAPH
+
+
+@pytest.mark.parametrize("states", ["adamw", "muon", "bfloat16"])
+def test_every_optimizer_works_beside_a_captured_pass(tmp_path: Path, states: str) -> None:
+    optimizer = {
+        "adamw": "optimizer.name=adamw",
+        "muon": "optimizer.name=muon",
+        "bfloat16": "optimizer.states=bfloat16",
+    }[states]
+    config = tiny_run(
+        tmp_path,
+        "train.device=cuda",
+        "train.cuda_graph=true",
+        "train.precision=bfloat16",
+        "train.steps=40",
+        "model.dropout=0",
+        "guard.action=rollback",
+        "guard.snapshot_every=10",
+        optimizer,
+    )
+    run_training(config, progress=(notes := Notes()))
+    assert notes.steps[-1].loss < notes.steps[0].loss - 0.5
+
+
+def test_a_fast_run_follows_the_plain_one_for_200_steps(tmp_path: Path) -> None:
+    found = {}
+    fast = (
+        "train.compile=true",
+        "train.residual=bfloat16",
+        "train.activation_memory=0.9",
+        "train.cuda_graph=true",
+    )
+    for name, settings in (("plain", ()), ("fast", fast)):
+        torch._dynamo.reset()
+        config = tiny_run(
+            tmp_path,
+            "train.device=cuda",
+            "train.precision=bfloat16",
+            "train.steps=200",
+            "model.dropout=0",
+            "model.model_dim=128",
+            "data.seq=128",
+            "train.tokens_per_step=2048",
+            "optimizer.lr=3e-4",
+            *settings,
+            f"output.dir={tmp_path / name}",
+        )
+        run_training(config, progress=(notes := Notes()))
+        found[name] = [report.loss for report in notes.steps]
+    assert found["fast"] == pytest.approx(found["plain"], rel=RESIDUAL_LOSS)

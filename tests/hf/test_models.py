@@ -26,7 +26,7 @@ from transnormer.hf import (
     TransnormerForCausalLM,
 )
 from transnormer.models import checkpoint, zoo
-from transnormer.models.decoder import Decoder
+from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.zoo import get
 
 CAUSAL = [case for case in CASES if not case.name.startswith("gau-quad")]
@@ -235,6 +235,44 @@ def test_one_row_whose_positions_begin_anew_is_packed() -> None:
         found = model(ids, position_ids=where, cu_seq_lens_q=bounds).logits
         assert_logits_agree(found, exact, SPLIT_CPU)
         assert_logits_agree(model(ids, position_ids=where[0]).logits, exact, SPLIT_CPU)
+
+
+@pytest.mark.parametrize("config", [tnl_config(), hybrid_config()], ids=["tnl", "hybrid"])
+def test_several_rows_whose_positions_begin_anew_are_packed(config: DecoderConfig) -> None:
+    _, model = pair(config)
+    lengths = [(4, 7, 2), (6, 7), (13,)]
+    parts = [[make_ids(1, n, seed=10 * row + n) for n in one] for row, one in enumerate(lengths)]
+    exact = torch.cat([torch.cat([model(x).logits for x in row], 1) for row in parts])
+    ids = torch.cat([torch.cat(row, 1) for row in parts])
+    where = torch.stack([torch.cat([torch.arange(n) for n in one]) for one in lengths])
+    found = model(ids, position_ids=where, attention_mask=torch.ones_like(ids))
+    assert_logits_agree(found.logits, exact, SPLIT_CPU)
+    assert found.past_key_values is None
+    embedded = model.get_input_embeddings()(ids)
+    assert_logits_agree(model(inputs_embeds=embedded, position_ids=where).logits, exact, SPLIT_CPU)
+    # One line of positions is every row's.
+    rows = torch.cat([ids[:1], ids[:1]])
+    found = model(rows, position_ids=where[:1]).logits
+    assert_logits_agree(found, torch.cat([exact[:1], exact[:1]]), SPLIT_CPU)
+    with pytest.raises(NotImplementedError, match="with 3 rows of packed sequences"):
+        model(ids, position_ids=where, output_hidden_states=True)
+
+
+def test_packed_rows_are_refused_beside_a_cache_or_pads() -> None:
+    _, model = pair()
+    ids, where = make_ids(2, 6), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match="anew at token 3 of row 1, beside past_key_values"):
+        model(ids, position_ids=where, past_key_values=cache)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    with pytest.raises(ValueError, match="anew at token 3 of row 1, beside attention_mask"):
+        model(ids, position_ids=where, attention_mask=mask)
+    # Pads have any position, on either side, and what follows them may skip theirs.
+    left = torch.tensor([[1, 1, 0, 1, 2, 3], [0, 1, 1, 1, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1]])
+    exact = model(ids[:1, 2:]).logits
+    found = model(ids, position_ids=left, attention_mask=mask).logits
+    assert_logits_agree(found[:1, 2:], exact, SPLIT_CPU)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -162,12 +162,13 @@ def test_prompts_are_read_in_one_packed_call(
 def test_a_full_queue_refuses_and_goes_on(model: Decoder) -> None:
     engine = engine_of(model, slots=2, queue=1)
     requests = [engine.submit(p, max_new_tokens=3, sampling=GREEDY) for p in prompts_of((3, 4, 5))]
-    with pytest.raises(QueueFull, match=r"queue holds 3 requests; expected at most 1; submit ag"):
+    with pytest.raises(QueueFull, match=r"queue holds 3 requests; expected less than 3, one for"):
         engine.submit([1], max_new_tokens=1)
     engine.step()
     assert (engine.running, engine.waiting) == (2, 1)
-    with pytest.raises(QueueFull, match="queue holds 1"):
+    with pytest.raises(QueueFull, match="queue holds 1 requests; expected less than 1") as refusal:
         engine.submit([1], max_new_tokens=1)
+    assert (refusal.value.waiting, refusal.value.bound) == (1, 1)
     engine.run()
     assert_all_alone(model, prompts_of((3, 4, 5)), requests)
     assert engine.submit([1], max_new_tokens=1).result()

@@ -6,13 +6,17 @@ import pytest
 import torch
 from decoder_cases import VOCAB, make_ids, make_model
 from engine_cases import GREEDY, alone, engine_of
-from tolerances import QUANTIZED_LOGITS, relative_error
+from safetensors.torch import load_file, save_file
+from tolerances import BF16_MODEL, QUANTIZED_LOGITS, assert_close, relative_error
 from torch import nn
 
+from transnormer.cli.app import run
+from transnormer.data.tokenizers.byte import ByteTokenizer
 from transnormer.infer.gptq import gptq
 from transnormer.infer.quantize import quantize
 from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Decoder
+from transnormer.models.quantized_weights import ByRowsLinear
 from transnormer.models.state import DecoderState
 
 
@@ -157,10 +161,100 @@ def test_calibration_uses_the_inputs_that_the_rounded_blocks_before_give() -> No
         assert not torch.equal(projection.weight.qdata, nearest)
 
 
-def test_saving_what_is_quantised_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", [72, 96, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_rows_read_int8_weights_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, inputs: int
+) -> None:
+    config = zoo.tnl_custom(vocab_size=61, model_dim=inputs, num_layers=1, heads=2, glu_dim=50)
+    model = make_model(config, dtype)
+    quantize(model, 8)
+    projection = model.blocks[0].channel_mixer.gate_proj
+    assert isinstance(projection, ByRowsLinear)
+    weight = projection.weight.qdata.double() * projection.weight.scale.double()
+    for shape in ((1, 1), (2, 3), (1, 40)):
+        x = torch.randn(*shape, inputs).to(dtype)
+        exact = x.double() @ weight.T
+        assert_close(projection(x), exact)
+    # Only inputs in whole groups of 32 have a kernel, which makes no copy of the weight.
+    monkeypatch.setattr(torch.nn.functional, "linear", None)
+    if inputs % 32 == 0:
+        assert projection(torch.ones(2, 3, inputs, dtype=dtype)).shape == (2, 3, 50)
+    else:
+        with pytest.raises(TypeError, match="not callable"):
+            projection(torch.ones(1, inputs, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("bits", "calibrated"), [(8, False), (4, False), (4, True)], ids=["int8", "nearest", "gptq"]
+)
+def test_what_is_quantised_is_saved_and_loaded_as_it_is(
+    tmp_path: Path, bits: int, calibrated: bool, dtype: torch.dtype
+) -> None:
+    model, ids = wide_model(dtype), make_ids(2, 30)
+    checkpoint.save(model, tmp_path / "plain")
+    texts = [make_ids(4, 60)] if calibrated else None
+    quantize(model, bits, group_size=32, calibration=texts)
+    checkpoint.save(model, tmp_path / "rounded")
+    again = checkpoint.load(tmp_path / "rounded")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    # States of one are states of the other.
+    assert again.fingerprint() == model.fingerprint()
+    names = ("plain", "rounded")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in names]
+    assert sizes[1] < sizes[0] * {8: 0.75, 4: 0.55}[bits]
+    with pytest.raises(ValueError, match="expected plain weights; load the model again"):
+        quantize(again, 8)
+
+
+def test_a_quantised_model_is_loaded_in_another_dtype(tmp_path: Path) -> None:
+    model, ids = wide_model(torch.float32), make_ids(2, 30)
+    quantize(model, 8)
+    checkpoint.save(model, tmp_path / "model")
+    again = checkpoint.load(tmp_path / "model", dtype=torch.bfloat16)
+    assert relative_error(again(ids).logits, model(ids).logits) <= BF16_MODEL
+
+
+def test_the_released_layout_has_no_quantised_weights(tmp_path: Path) -> None:
     model = wide_model()
     checkpoint.save(model, tmp_path / "model")
     quantize(model, 8)
-    with pytest.raises(TypeError, match="save the model before it is quantised"):
-        checkpoint.save(model, tmp_path / "model")
+    with pytest.raises(NotImplementedError, match="the model is quantised .*; expected plain wei"):
+        checkpoint.save(model, tmp_path / "model", layout="released")
     assert checkpoint.load(tmp_path / "model").config == model.config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("scale"), r"holds .*qkvu_proj.weight.packed; expected .*weight.scale bes"),
+        (lambda x: x.update(scale=x["scale"][:, :1].repeat(1, 3)), "expected the same rows, and"),
+        (lambda x: x.update(packed=x["packed"].to(torch.int8)), "expected the same rows, and"),
+        (lambda x: x.update(packed=x["packed"][:, :16]), r"has shape \[256, 32\]; expected"),
+    ],
+    ids=["no scales", "groups", "dtype", "shape"],
+)
+def test_damaged_integers_are_named(tmp_path: Path, change: object, message: str) -> None:
+    model = wide_model()
+    quantize(model, 4, group_size=32)
+    checkpoint.save(model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors, base = load_file(file), "blocks.0.token_mixer.qkvu_proj.weight"
+    parts = {name: tensors.pop(f"{base}.{name}") for name in ("packed", "scale")}
+    change(parts)
+    save_file(tensors | {f"{base}.{name}": x.contiguous() for name, x in parts.items()}, file)
+    checkpoint.add_hashes(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_command_continues_a_quantised_model(tmp_path: Path, bits: int) -> None:
+    config = zoo.tnl_custom(vocab_size=259, model_dim=64, num_layers=1, heads=2, glu_dim=128)
+    model = make_model(config)
+    quantize(model, bits, group_size=32)
+    checkpoint.save(model, tmp_path / "model")
+    ByteTokenizer().save(tmp_path / "model")
+    options = ["--prompt", "ab", "--max-new-tokens", "3", "--seed", "1"]
+    assert run(["generate", str(tmp_path / "model"), *options]) == 0

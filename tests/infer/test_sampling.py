@@ -170,9 +170,9 @@ def test_without_a_history_penalties_change_nothing() -> None:
 
 
 def test_log_probabilities_are_those_of_the_logits() -> None:
-    entry = token_logprobs(LOGITS[0].bfloat16(), 2, 3)
+    (entry,) = token_logprobs(LOGITS[:1].bfloat16(), [2], 3)
     exact = LOGITS[0].double().log_softmax(0)
     assert entry.logprob == pytest.approx(exact[2].item(), abs=1e-6)
     assert [token for token, _ in entry.top] == [4, 1, 2]
     assert [value for _, value in entry.top] == pytest.approx(exact[[4, 1, 2]].tolist(), abs=1e-6)
-    assert token_logprobs(LOGITS[0], 0, 0).top == ()
+    assert token_logprobs(LOGITS[:1], [0], 0)[0].top == ()

@@ -108,6 +108,24 @@ def test_shards_hold_the_same_model(saved: Path) -> None:
     assert all(torch.equal(found[name].tensor, tensors[name]) for name in tensors)
 
 
+def test_tensors_beyond_a_shard_are_cut_into_rows_and_joined(tmp_path: Path) -> None:
+    model = make_model()
+    checkpoint.write_weights(model, tmp_path, shard_bytes=3_000)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert max(sum(x.nbytes for x in load_file(shard).values()) for shard in shards) <= 3_000
+    assert same_tensors(checkpoint.load(tmp_path), model)
+    index = tmp_path / tensor_files.SHARD_INDEX
+    table = files.read_json(index)
+    lost = "embedding.weight[23:46]"
+    name = table["weight_map"].pop(lost)
+    kept = load_file(tmp_path / name)
+    kept.pop(lost)
+    save_file(kept, tmp_path / name, metadata={"format": "pt"})
+    files.write_json(table, index)
+    with pytest.raises(ValueError, match=r"rows 46 to 61 of embedding.weight behind row 23"):
+        tensor_files.read_tensors(tmp_path)
+
+
 def test_saving_replaces_a_saved_model(saved: Path) -> None:
     other = make_model(tnl_config(vocab_size=7))
     checkpoint.save(other, saved)

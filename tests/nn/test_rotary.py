@@ -140,3 +140,16 @@ def test_two_pairs_and_one_have_their_frequencies() -> None:
 def test_odd_head_dim_is_refused() -> None:
     with pytest.raises(ValueError, match="head_dim is 5"):
         Rotary(5)
+
+
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_a_compiled_graph_turns_by_the_same_angles(pairs: Pairs) -> None:
+    torch._dynamo.reset()
+    rotary = Rotary(HEAD_DIM, pairs=pairs)
+    x = torch.randn(2, 9, 3, HEAD_DIM, requires_grad=True)
+    positions = torch.arange(4_000_000, 4_000_009).expand(2, -1)
+    compiled = torch.compile(rotary, fullgraph=True, backend="aot_eager")
+    (found,), (exact,) = compiled((x,), positions), rotary((x,), positions)
+    assert torch.equal(found, exact)
+    weights = torch.randn_like(x)
+    assert torch.equal(*(torch.autograd.grad(y, x, weights)[0] for y in (found, exact)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import COMPILED_LOSS, SEGMENTS
+from tolerances import COMPILED_LOSS, RESIDUAL_LOSS, SEGMENTS
 from torch._dynamo.testing import CompileCounterWithBackend
 from train_cases import Found, Notes, constant_evaluation
 
@@ -88,6 +88,44 @@ def test_compiled_blocks_follow_the_plain_run(
     assert losses["true"] == pytest.approx(losses["false"], rel=COMPILED_LOSS)
     # Two kinds of blocks, and nothing for the lengths that evaluations read.
     assert counter.frame_count == 2
+
+
+def test_a_bfloat16_residual_stream_follows_the_float32_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    losses = {}
+    for residual in ("float32", "bfloat16"):
+        config = make_config(
+            f"train.residual={residual}",
+            "train.precision=bfloat16",
+            "train.steps=200",
+            "model.dropout=0",
+            # The rate of the recipe: at larger ones both curves leave any third one too.
+            "optimizer.lr=3e-4",
+            f"output.dir={tmp_path / residual}",
+        )
+        run_training(config, progress=(notes := Notes()))
+        losses[residual] = [report.loss for report in notes.steps]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=RESIDUAL_LOSS)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.residual=bfloat16"], "residual is 'bfloat16' beside precision 'float32'"),
+        (["train.activation_memory=0.5"], "activation_memory is 0.5 with compile False"),
+        (
+            ["train.activation_memory=0.5", "train.compile=true", "train.checkpointing=full"],
+            "activation_memory is 0.5 with compile True and checkpointing 'full'",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    make_config: MakeConfig, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(*overrides)
 
 
 def reading(model: Decoder, *arguments: Any, progress: object) -> Found:

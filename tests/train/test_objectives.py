@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from train_cases import Notes, constant_evaluation, some_text, tiny_run
+from train_cases import (
+    Crash,
+    CrashAt,
+    Notes,
+    assert_same_checkpoint,
+    constant_evaluation,
+    some_text,
+    tiny_run,
+)
 
 from transnormer import SequenceClassifier, load, load_classifier, save
 from transnormer.cli.app import run as command
@@ -22,7 +29,6 @@ from transnormer.train import (
     MaskedReport,
     OneProcess,
     RunConfig,
-    StepReport,
     run_training,
 )
 from transnormer.train.metrics import read_records
@@ -34,23 +40,6 @@ MakeConfig = Callable[..., RunConfig]
 MASKED = ("objective.kind=masked", "model.causal=false")
 CLASSES = ("objective.kind=classification", "model.causal=false", "data.seq=24")
 STEP_KEYS = ["step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds"]
-
-
-class Crash(Exception):
-    """What stands for a death in the tests that need no real one."""
-
-
-class CrashAt(Notes):
-    """A Progress that ends the run at a step without any farewell."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.at = step
-
-    def step(self, report: StepReport, steps: int) -> None:
-        super().step(report, steps)
-        if report.step == self.at:
-            raise Crash
 
 
 @pytest.fixture
@@ -77,13 +66,6 @@ def open_objective(config: RunConfig, folder: Path) -> Any:
     """The objective of a run, without the run."""
     kind = OBJECTIVES[config.objective.kind]
     return kind(Setting(config, folder, lambda text: None, constant_evaluation, 0, 1))
-
-
-def assert_same_checkpoint(first: Path, second: Path) -> None:
-    for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors"):
-        a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from train_cases import Notes, constant_evaluation, files_limited_to
+from train_cases import (
+    Crash,
+    CrashAt,
+    Notes,
+    assert_same_checkpoint,
+    constant_evaluation,
+    files_limited_to,
+)
 
 from transnormer.models import checkpoint
 from transnormer.train import RunConfig, StepReport, run_training
@@ -31,31 +37,6 @@ class Interrupt(Notes):
         super().step(report, steps)
         if report.step == self.at:
             os.kill(os.getpid(), self.number)
-
-
-class Crash(Exception):
-    """What stands for a death in the tests that need no real one."""
-
-
-class CrashAt(Notes):
-    """A Progress that ends the run at a step without any farewell."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.at = step
-
-    def step(self, report: StepReport, steps: int) -> None:
-        super().step(report, steps)
-        if report.step == self.at:
-            raise Crash
-
-
-def assert_same_checkpoint(first: Path, second: Path) -> None:
-    assert first.name == second.name
-    for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors"):
-        a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:

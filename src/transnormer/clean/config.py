@@ -13,7 +13,8 @@ from transnormer.config import Config, apply_overrides, read_toml, validate
 
 # What a document costs in the deduplication's memory and index, bytes.
 INDEX_BYTES = 100
-_DIGEST_BYTES = 16
+# Two digests of eight, and the size of its line.
+_OTHER_BYTES = 20
 
 
 class InputConfig(Config):
@@ -81,6 +82,9 @@ class DedupConfig(Config):
             document that is kept.
         containment: a document is dropped when this share of its shingles stands in one that is
             kept, whatever else that holds; 0 switches it off.
+        pieces: also lines, or paragraphs, that repeat those of an earlier document are cut, by the
+            same two switches and the same index.
+        piece_words: shorter lines and paragraphs are everybody's, and stay.
         seed: of the hash functions.
     """
 
@@ -92,6 +96,8 @@ class DedupConfig(Config):
     jaccard: float = 0.7
     keep_below: float = 0.5
     containment: float = 0.0
+    pieces: Literal["none", "lines", "paragraphs"] = "none"
+    piece_words: int = 20
     seed: int = 1
 
     @model_validator(mode="after")
@@ -103,9 +109,14 @@ class DedupConfig(Config):
             )
         if min(self.bands, self.rows, self.shingle_words) < 1:
             raise ValueError(f"bands is {self.bands}; expected bands, rows, shingle_words from 1")
-        if 4 * self.bands + _DIGEST_BYTES > INDEX_BYTES:
+        if self.piece_words < self.shingle_words:
             raise ValueError(
-                f"bands is {self.bands}; expected at most {(INDEX_BYTES - _DIGEST_BYTES) // 4}, "
+                f"piece_words is {self.piece_words}; expected at least shingle_words "
+                f"({self.shingle_words})"
+            )
+        if 4 * self.bands + _OTHER_BYTES > INDEX_BYTES:
+            raise ValueError(
+                f"bands is {self.bands}; expected at most {(INDEX_BYTES - _OTHER_BYTES) // 4}, "
                 f"so that a document costs {INDEX_BYTES} bytes of index"
             )
         if self.near and self.found < 0.95:

@@ -8,9 +8,9 @@ of small changes drops a text that is unlike the one that stays.
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -46,7 +46,7 @@ class FindDuplicates(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Item]:
         """Find and write; nothing is passed on."""
         index = Index(self._indexed, self._units)
-        search = _Search(index, self._config)
+        search = _Documents(index, self._config)
         removed: list[dict[str, Why]] = [{} for _ in range(self._units)]
         for number, why in search.run().items():
             unit, place = index.place(number)
@@ -60,9 +60,33 @@ class FindDuplicates(PipelineStep):
         yield from ()
 
 
-class _Search:
-    def __init__(self, index: Index, config: DedupConfig) -> None:
+class Searched(Protocol):
+    """A list of texts with what the search needs of each."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def column(self, name: str, place: int | None = None) -> np.ndarray:
+        """One array of all texts, or one column of it."""
+        ...
+
+    def text(self, number: int) -> str:
+        """One of them."""
+        ...
+
+    def name(self, number: int) -> str:
+        """The id of its document."""
+        ...
+
+
+class Search:
+    """The search for duplicates among texts; those of `gone` are no candidates."""
+
+    def __init__(self, index: Searched, config: DedupConfig, gone: Iterable[int] = ()) -> None:
         self._index, self._config = index, config
+        self._alive = np.ones(len(index), dtype=bool)
+        self._alive[list(gone)] = False
         self._kept_as: dict[int, int] = {}
         self._whys: dict[int, Why] = {}
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -77,28 +101,42 @@ class _Search:
             self._exact()
         if self._config.near:
             self._near()
-        if self._config.containment:
-            self._contained()
         return self._whys
 
-    def _drop(self, number: int, reason: str, kept: int, similarity: float) -> None:
+    def drop(self, number: int, reason: str, kept: int, similarity: float) -> None:
+        """Note that a text is dropped for one that is kept."""
         self._kept_as[number] = kept
         self._whys[number] = {
             "step": "duplicates",
             "reason": reason,
-            "duplicate_of": self._index.item(kept).id,
+            "duplicate_of": self._index.name(kept),
             "similarity": round(similarity, 4),
         }
 
     def _exact(self) -> None:
-        digests = self._index.column("digests")
-        order = np.lexsort((digests[:, 1], digests[:, 0]))
-        ordered = digests[order]
-        same = np.all(ordered[1:] == ordered[:-1], axis=1)
-        for group in _runs(order, same):
-            # lexsort is stable, so that the first of a run is the first of the input.
-            for number in group[1:]:
-                self._drop(int(number), "exact", int(group[0]), 1.0)
+        groups = self._alike("digests", 0, self._alive)
+        if not groups:
+            return
+        rest = self._index.column("digests", 1)
+        for group in groups:
+            for value in np.unique(rest[group]):
+                first, *others = map(int, group[rest[group] == value])
+                for number in others:
+                    self.drop(number, "exact", first, 1.0)
+
+    def _alike(self, name: str, place: int, alive: np.ndarray) -> list[np.ndarray]:
+        """Groups of texts with one value in a column, each in the order of the input.
+
+        Little more than the column is in memory: at most 48 bytes a text.
+        """
+        numbers = np.flatnonzero(alive)
+        keys = self._index.column(name, place)[numbers]
+        # A stable sort, so that the first of a group is the first of the input.
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        same = keys[1:] == keys[:-1]
+        del keys
+        return [group.copy() for group in _runs(numbers[order], same)]
 
     def _near(self) -> None:
         links: dict[int, set[int]] = defaultdict(set)
@@ -116,16 +154,11 @@ class _Search:
 
     def _candidates(self) -> Iterator[tuple[int, int]]:
         """Pairs (lower, higher) of documents that share a band, each once, sorted."""
-        alive = np.ones(len(self._index), dtype=bool)
+        alive = self._alive.copy()
         alive[list(self._kept_as)] = False
-        numbers = np.flatnonzero(alive)
         pairs: list[np.ndarray] = []
         for band in range(self._config.bands):
-            keys = self._index.column("bands", band)[numbers]
-            order = np.argsort(keys, kind="stable")
-            ordered = keys[order]
-            for group in _runs(numbers[order], ordered[1:] == ordered[:-1]):
-                pairs.append(_pairs(group))
+            pairs += [_pairs(group) for group in self._alike("bands", band, alive)]
             if len(pairs) > 1:
                 pairs = [np.unique(np.concatenate(pairs), axis=0)]
         for a, b in pairs[0] if pairs else ():
@@ -141,13 +174,39 @@ class _Search:
                 if similarity is None:
                     similarity = jaccard(self._shingles(kept), self._shingles(other))
                 if similarity >= self._config.keep_below:
-                    self._drop(other, "near", kept, similarity)
+                    self.drop(other, "near", kept, similarity)
                 else:
                     left.append(other)
 
+    def _shingles(self, number: int) -> np.ndarray:
+        """A document's shingles; the last ones used stay in memory."""
+        found = self._cache.pop(number, None)
+        if found is None:
+            found = shingle_set(self._index.text(number), self._config.shingle_words)
+            self._cached += len(found)
+        self._cache[number] = found
+        while self._cached > _CACHED_SHINGLES and len(self._cache) > 2:
+            self._cached -= len(self._cache.popitem(last=False)[1])
+        return found
+
+
+class _Documents(Search):
+    """Documents may also be contained in others."""
+
+    def __init__(self, index: Index, config: DedupConfig) -> None:
+        super().__init__(index, config)
+        self._documents = index
+
+    def run(self) -> dict[int, Why]:
+        """Return why each document that repeats others is dropped."""
+        super().run()
+        if self._config.containment and len(self._documents):
+            self._contained()
+        return self._whys
+
     def _contained(self) -> None:
         """Drop documents whose shingles stand, for the most part, in earlier ones."""
-        hashes, owners = self._index.sampled()
+        hashes, owners = self._documents.sampled()
         order = np.lexsort((owners, hashes))
         hashes, owners = hashes[order], owners[order]
         first = np.concatenate([[True], hashes[1:] != hashes[:-1]])
@@ -176,19 +235,7 @@ class _Search:
         others = np.unique(np.concatenate([self._shingles(owner) for owner in best]))
         share = len(np.intersect1d(mine, others, assume_unique=True)) / len(mine)
         if share >= self._config.containment:
-            self._drop(number, "contained", best[0], share)
-
-    def _shingles(self, number: int) -> np.ndarray:
-        """A document's shingles; the last ones used stay in memory."""
-        found = self._cache.pop(number, None)
-        if found is None:
-            text = self._index.item(number).text
-            found = shingle_set(text, self._config.shingle_words)
-            self._cached += len(found)
-        self._cache[number] = found
-        while self._cached > _CACHED_SHINGLES and len(self._cache) > 2:
-            self._cached -= len(self._cache.popitem(last=False)[1])
-        return found
+            self.drop(number, "contained", best[0], share)
 
 
 def _runs(values: np.ndarray, same: np.ndarray) -> Iterator[np.ndarray]:

@@ -3,11 +3,11 @@
 For each unit NNNNN of the input
 
     NNNNN.jsonl    the documents, a line each
-    NNNNN.npz      offsets int64 [documents + 1] of the lines; digests uint64 [documents, 2];
+    NNNNN.npz      sizes uint32 [documents] of the lines; digests uint64 [documents, 2];
                    bands uint32 [documents, bands]; sampled uint64 [...], every 64th shingle by its
-                   hash, with sampled_ends int64 [documents]
+                   hash, with sampled_ends int64 [documents]; empty but for containment
 
-Digests and bands are at most 100 bytes a document, and all that is in memory is one column of them.
+Sizes, digests and bands are at most 100 bytes a document; in memory are the sizes and one column.
 """
 
 from collections.abc import Iterator
@@ -58,10 +58,10 @@ class Index:
 
     def __init__(self, directory: Path, units: int) -> None:
         self._directory, self._units = directory, units
-        offsets = [self._load(unit, "offsets") for unit in range(units)]
-        counts = [len(found) - 1 for found in offsets]
+        sizes = [self._load(unit, "sizes") for unit in range(units)]
+        counts = [len(found) for found in sizes]
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-        self._offsets = offsets
+        self._offsets = [np.cumsum(np.append(0, found), dtype=np.int64) for found in sizes]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -72,8 +72,9 @@ class Index:
 
     def column(self, name: str, place: int | None = None) -> np.ndarray:
         """One array of all documents, or one column of it."""
-        parts = [self._load(unit, name) for unit in range(self._units)]
-        return np.concatenate([part if place is None else part[:, place] for part in parts])
+        parts = (self._load(unit, name) for unit in range(self._units))
+        # A copy, or the column would keep its table in memory.
+        return np.concatenate([part if place is None else part[:, place].copy() for part in parts])
 
     def sampled(self) -> tuple[np.ndarray, np.ndarray]:
         """Every sampled shingle and the document it stands in, uint64 and int64."""
@@ -95,6 +96,14 @@ class Index:
         for unit in range(self._units):
             with (self._directory / f"{unit_name(unit)}.jsonl").open("rb") as stream:
                 yield from map(from_line, stream)
+
+    def text(self, number: int) -> str:
+        """The text of one document."""
+        return self.item(number).text
+
+    def name(self, number: int) -> str:
+        """The id of one document."""
+        return self.item(number).id
 
     def item(self, number: int) -> Item:
         """Read one document."""

@@ -84,6 +84,12 @@ def _duplicates(report: Mapping[str, Any]) -> Iterable[str]:
         f"index of {report['config']['dedup']['jaccard']}; a pair at that index becomes a candidate "
         f"with probability {report['found_at_threshold']:.3f}.</p>"
     )
+    pieces = report["pieces"]
+    if pieces:
+        yield (
+            f"<p>Among {pieces['pieces']:,} {report['config']['dedup']['pieces']}: "
+            f"{pieces['candidates']:,} candidate pairs, {pieces['verified']:,} at or above it.</p>"
+        )
 
 
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> Iterable[str]:

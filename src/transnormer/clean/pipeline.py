@@ -2,6 +2,7 @@
 
     rules       for each unit of the input: read, edit, drop; write what passed with its signatures
     duplicates  one task: find documents that repeat others
+    pieces      one task, where it is switched on: find lines or paragraphs that repeat others
     selfclean   one task, where it is switched on: rounds of scoring and dropping
     clean       for each unit: write what is left
     report      one task: add up the counts, draw, remove the intermediate documents
@@ -23,6 +24,7 @@ from transnormer.clean.config import CleanConfig
 from transnormer.clean.decontaminate import DropContaminated, save_phrases
 from transnormer.clean.duplicates import FindDuplicates
 from transnormer.clean.executors import make_executor
+from transnormer.clean.pieces import FindPieces
 from transnormer.clean.places import Places
 from transnormer.clean.reader import ReadUnit
 from transnormer.clean.report import REPORT, WriteReport
@@ -91,12 +93,19 @@ def _stages(config: CleanConfig, units: list[Unit], places: Places) -> list[tupl
         ("rules", rules, size),
         ("duplicates", [duplicates], 1),
     ]
-    removed = places.found
+    removed, cuts = places.found, None
+    if config.dedup.pieces != "none":
+        cuts = places.pieces
+        pieces = FindPieces(places.indexed, removed, cuts, size, config.dedup)
+        stages.append(("pieces", [pieces], 1))
+        removed = cuts
     if config.selfclean.rounds:
-        removed = places.rounds
-        rounds = SelfClean(places.indexed, places.found, removed, size, config.selfclean, output)
+        rounds = SelfClean(
+            places.indexed, removed, places.rounds, size, config.selfclean, output, cuts
+        )
         stages.append(("selfclean", [rounds], 1))
-    clean = WriteClean(config.output, places.counts, places.indexed, removed)
+        removed = places.rounds
+    clean = WriteClean(config.output, places.counts, places.indexed, removed, cuts)
     report = WriteReport(places, size, config)
     return [*stages, ("clean", [clean], size), ("report", [report], 1)]
 

@@ -10,6 +10,7 @@ class Places(NamedTuple):
     logs: Path
     indexed: Path
     found: Path
+    pieces: Path
     rounds: Path
     counts: Path
     phrases: Path
@@ -23,6 +24,7 @@ class Places(NamedTuple):
             work / "logs",
             work / "documents",
             work / "duplicates",
+            work / "pieces",
             work / "selfclean",
             work / "counts",
             work / "evaluation.npz",

@@ -8,7 +8,6 @@ import importlib
 import lzma
 import zlib
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +20,7 @@ from transnormer.clean.units import LINES, TABLE, TEXT, TURN, WARC, Unit
 from transnormer.files import open_file
 
 _BLOCK = 1 << 20
+_BATCH_BYTES = 64 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -197,19 +197,35 @@ def _read_table(unit: Unit, config: InputConfig) -> Iterator[Item]:
         raise RuntimeError(
             f"{unit.path} needs pyarrow; run: pip install 'transnormer[parquet]'"
         ) from error
-    numbers = count(1)
+    # A value that many rows share is unpacked for each row of a batch.
+    rows = max(1, min(TURN, _BATCH_BYTES // config.max_document_bytes))
+    number = 0
     try:
         with parquet.ParquetFile(unit.path) as table:
-            for batch in table.iter_batches(batch_size=TURN):
-                for record in batch.to_pylist():
-                    place = f"{unit.path}:{(number := next(numbers))}"
-
-                    def bad(reason: str, place: str = place, number: int = number) -> Item:
-                        return quarantined(place, unit.path, number, reason)
-
-                    yield _from_record(record, place, bad, config)
+            for group in range(table.num_row_groups):
+                facts = table.metadata.row_group(group)
+                if facts.total_byte_size > facts.num_rows * config.max_document_bytes:
+                    # A page is unpacked whole, before anything can be known of its rows.
+                    reason = f"rows of more than {config.max_document_bytes} bytes on average"
+                    yield quarantined(f"{unit.path}:{number + 1}", unit.path, number + 1, reason)
+                    number += facts.num_rows
+                    continue
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group]):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield _from_row(record, unit.path, number, config)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(str(error)) from error
+
+
+def _from_row(record: dict[str, Any], path: str, number: int, config: InputConfig) -> Item:
+    place, limit = f"{path}:{number}", config.max_document_bytes
+
+    def bad(reason: str) -> Item:
+        return quarantined(place, path, number, reason)
+
+    item = _from_record(record, place, bad, config)
+    return bad(f"a row of more than {limit} bytes") if item.read_bytes > limit else item
 
 
 _READERS = {LINES: _read_lines, TEXT: _read_text, WARC: _read_warc, TABLE: _read_table}

@@ -36,7 +36,7 @@ class WriteReport(PipelineStep):
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         write_atomic(self._output / REPORT, text.encode("utf-8"))
         for unit in range(self._units):
-            for suffix in (".jsonl", ".npz"):
+            for suffix in (".jsonl", ".npz", "_pieces.npz"):
                 (self._places.indexed / f"{unit_name(unit)}{suffix}").unlink(missing_ok=True)
         yield from ()
 
@@ -59,11 +59,17 @@ class WriteReport(PipelineStep):
             "config": self._config.model_dump(mode="json"),
             "found_at_threshold": self._config.dedup.found,
             "pairs": read_json(self._places.found / "counts.json"),
+            "pieces": self._pieces(),
             "task_seconds": seconds,
             "task_cpu_seconds": used,
             "rounds": self._rounds(),
             **total.dump(),
         }
+
+    def _pieces(self) -> dict[str, int]:
+        """What the search among lines or paragraphs looked at; nothing where it is off."""
+        path = self._places.pieces / "counts.json"
+        return read_json(path) if path.is_file() else {}
 
     def _rounds(self) -> list[dict[str, Any]]:
         """The manifests of the self-cleaning rounds without their lists and bands."""

@@ -17,10 +17,11 @@ from transnormer.clean.excerpt import begins
 from transnormer.clean.index import SAMPLED, from_line, to_line, unit_name
 from transnormer.clean.item import DROPPED, QUARANTINED, Item
 from transnormer.clean.minhash import MinHash
+from transnormer.clean.pieces import PieceTable, cut, cuts_path, pieces_path
 from transnormer.clean.rules.quality import Measures
 from transnormer.clean.tally import Tally
 from transnormer.clean.words import shingles
-from transnormer.files import write_atomic
+from transnormer.files import read_json, write_atomic
 
 CLEAN = "clean"
 
@@ -100,7 +101,8 @@ class WriteIndexed(_Sink):
         self.begin()
         self._directory.mkdir(parents=True, exist_ok=True)
         minhash = MinHash(self._dedup.bands, self._dedup.rows, self._dedup.seed)
-        offsets, digests, bands, sampled, ends = [0], [], [], [], []
+        pieces = PieceTable(self._dedup, minhash)
+        sizes, digests, bands, sampled, ends = [], [], [], [], []
         path = self._directory / f"{unit_name(rank)}.jsonl"
         with path.open("wb") as stream:
             for item in data:
@@ -109,38 +111,46 @@ class WriteIndexed(_Sink):
                     self.leave(item, rank)
                     continue
                 with self.track_time():
-                    stream.write(to_line(item))
-                    offsets.append(stream.tell())
-                    marks = self._marks(item, minhash)
+                    sizes.append(stream.write(to_line(item)))
+                    measures = item.measures or Measures(item.text)
+                    pieces.add(len(digests), measures)
+                    marks = self._marks(measures, minhash)
                     digests.append(marks[0])
                     bands.append(marks[1])
                     sampled.append(marks[2])
                     ends.append((ends[-1] if ends else 0) + len(marks[2]))
         save_arrays(
             self._directory / f"{unit_name(rank)}.npz",
-            offsets=np.array(offsets, dtype=np.int64),
+            sizes=np.array(sizes, dtype=np.uint32),
             digests=np.array(digests, dtype=np.uint64).reshape(-1, 2),
             bands=np.array(bands, dtype=np.uint32).reshape(-1, self._dedup.bands),
             sampled=np.concatenate(sampled) if sampled else np.zeros(0, dtype=np.uint64),
-            sampled_ends=np.array(ends, dtype=np.int64),
+            sampled_ends=np.array(ends if self._dedup.containment else [], dtype=np.int64),
         )
+        if self._dedup.pieces != "none":
+            pieces.save(pieces_path(self._directory, rank))
         self.finish(rank)
         yield from ()
 
-    def _marks(self, item: Item, minhash: MinHash) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _marks(
+        self, measures: Measures, minhash: MinHash
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Digest, bands and sampled shingles of a text; one without words is its own bytes."""
-        measures = item.measures or Measures(item.text)
         hashes = measures.words.hashes
-        content = hashes.tobytes() if len(hashes) else item.text.encode("utf-8", "surrogatepass")
+        content = (
+            hashes.tobytes() if len(hashes) else measures.text.encode("utf-8", "surrogatepass")
+        )
         digest = hashlib.blake2b(content, digest_size=16).digest()
         pair = np.frombuffer(digest, dtype="<u8")
         if not self._dedup.near and not self._dedup.containment:
             return pair, np.zeros(self._dedup.bands, np.uint32), np.zeros(0, np.uint64)
-        elements = np.unique(shingles(hashes, self._dedup.shingle_words))
+        elements = shingles(hashes, self._dedup.shingle_words)
         if not len(elements):
             elements = pair[:1]
-        chosen = elements[elements % np.uint64(SAMPLED) == 0] if self._dedup.containment else []
-        return pair, minhash.bands(elements), np.array(chosen, dtype=np.uint64)
+        chosen = np.zeros(0, dtype=np.uint64)
+        if self._dedup.containment:
+            chosen = np.unique(elements[elements % np.uint64(SAMPLED) == 0])
+        return pair, minhash.bands(elements), chosen
 
 
 class WriteClean(_Sink):
@@ -148,20 +158,33 @@ class WriteClean(_Sink):
 
     name = "clean documents"
 
-    def __init__(self, output: OutputConfig, directory: Path, indexed: Path, found: Path) -> None:
-        """directory: for the counts; indexed: WriteIndexed's; found: what to drop, by document."""
+    def __init__(
+        self,
+        output: OutputConfig,
+        directory: Path,
+        indexed: Path,
+        found: Path,
+        cuts: Path | None = None,
+    ) -> None:
+        """directory: for the counts; indexed: WriteIndexed's; found: what to drop, by document.
+
+        cuts: FindPieces', where parts of documents go too.
+        """
         super().__init__(output, directory, "corpus_")
         self._clean = writer(output, CLEAN)
-        self._indexed, self._found = indexed, found
+        self._indexed, self._found, self._cuts = indexed, found, cuts
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Item]:
         """Read unit number `rank` again and write what stays."""
         self.begin()
         name = unit_name(rank)
         removed = orjson.loads((self._found / f"{name}.json").read_bytes())
+        cuts = read_json(cuts_path(self._cuts, rank)) if self._cuts else {}
         with (self._indexed / f"{name}.jsonl").open("rb") as stream:
             for number, line in enumerate(stream):
                 item = from_line(line)
+                if str(number) in cuts:
+                    cut(item, cuts[str(number)])
                 why = removed.get(str(number))
                 if why is not None:
                     item.drop(**why)

@@ -109,7 +109,8 @@ class RepairText(ItemStep):
                 self.edit(item, "html", lambda text: (html.page_text(text), 1))
 
     def _repair(self, item: Item) -> None:
-        if not signs.suspect(item.text):
+        # Two looks, the cheap one first: most texts pass it.
+        if not signs.suspect(item.text) or not signs.is_garbled(item.text):
             return
         self.edit(item, "encoding", signs.repair_encoding)
         limit = self._quality.max_garbled

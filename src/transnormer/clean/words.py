@@ -49,30 +49,36 @@ class Words(NamedTuple):
 
 
 class _Tables(NamedTuple):
+    """By code point: its kind, what it counts in a hash (0: nothing), and whether it is a digit."""
+
     kinds: np.ndarray
-    folded: np.ndarray
+    values: np.ndarray
+    digits: np.ndarray
     weights: np.ndarray
 
 
 @cache
 def _tables() -> _Tables:
     kinds = np.zeros(_CODE_POINTS, dtype=np.uint8)
-    folded = np.arange(_CODE_POINTS, dtype=np.uint32)
+    digits = np.zeros(_CODE_POINTS, dtype=bool)
+    values = np.arange(1, _CODE_POINTS + 1, dtype=np.uint64)
     for code in range(_LAST_LETTER + 1):
         char = chr(code)
         if char.isalnum() or unicodedata.category(char)[0] == "M":
             kinds[code] = LETTER
             lower = char.lower()
+            digits[code] = char.isdecimal()
             if len(lower) == 1:
-                folded[code] = ord(lower)
+                values[code] = ord(lower) + 1
     for first, last in _ALONE:
         part = slice(first, last + 1)
         if first >= 0x20000:
             kinds[part] = ALONE
         else:
             kinds[part][kinds[part] == LETTER] = ALONE
+    values[kinds == SEPARATOR] = 0
     weights = np.random.default_rng(1).integers(1, 1 << 63, _WEIGHTS, dtype=np.uint64) * 2 + 1
-    return _Tables(kinds, folded, weights)
+    return _Tables(kinds, values, digits, weights)
 
 
 def code_points(text: str) -> np.ndarray:
@@ -89,27 +95,39 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def split_words(text: str) -> Words:
     """Split a text into words; see the module for what a word is."""
-    codes = code_points(text)
+    return split_codes(code_points(text))
+
+
+def split_codes(codes: np.ndarray) -> Words:
+    """The same of a text's code points, uint32 [characters]."""
     tables = _tables()
-    kinds = tables.kinds[codes]
-    inside = kinds == LETTER
-    begins = kinds == ALONE
+    # `take` is five times as fast as an index of 32 bits.
+    kinds = tables.kinds.take(codes)
+    inside, alone = kinds == LETTER, kinds == ALONE
+    begins, ends = alone.copy(), alone
     begins[:1] |= inside[:1]
     begins[1:] |= inside[1:] & ~inside[:-1]
+    ends[-1:] |= inside[-1:]
+    ends[:-1] |= inside[:-1] & ~inside[1:]
     starts = np.flatnonzero(begins)
     if not len(starts):
         nothing = np.zeros(0, dtype=np.int64)
         return Words(nothing, nothing, np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=bool))
-    # Every segment runs to the next word; what separates them counts as nothing.
-    spans = np.diff(np.append(starts, len(codes)))
-    places = np.arange(starts[0], len(codes)) - np.repeat(starts, spans)
-    counted = kinds[starts[0] :] != SEPARATOR
-    values = (tables.folded[codes[starts[0] :]].astype(np.uint64) + np.uint64(1)) * counted
-    values *= tables.weights[places % _WEIGHTS]
-    offsets = starts - starts[0]
-    hashes = mix(np.add.reduceat(values, offsets))
-    lengths = np.add.reduceat(counted.astype(np.int64), offsets)
+    lengths = np.flatnonzero(ends) + 1 - starts
+    # Every segment runs to the next word; what separates them is worth nothing.
+    spans = np.diff(starts, append=len(codes))
+    # A place counts modulo the number of weights, and so its lowest byte is enough.
+    places = np.arange(starts[0], len(codes), dtype=np.int64).astype(np.uint8)
+    places -= np.repeat(starts.astype(np.uint8), spans)
+    values = tables.values.take(codes[starts[0] :])
+    values *= tables.weights.take(places % np.uint8(_WEIGHTS))
+    hashes = mix(np.add.reduceat(values, starts - starts[0]))
     return Words(starts, lengths, hashes, kinds[starts] == ALONE)
+
+
+def is_digit(codes: np.ndarray) -> np.ndarray:
+    """Which code points are decimal digits of any script, bool like codes."""
+    return _tables().digits.take(codes)
 
 
 def shingles(hashes: np.ndarray, size: int) -> np.ndarray:

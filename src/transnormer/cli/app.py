@@ -20,9 +20,11 @@ from transnormer.cli import (
     common,
     convert,
     evaluate,
+    finetune,
     generate,
     info,
     plan,
+    serve,
     tokenize,
     train,
 )
@@ -67,8 +69,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("finetune")(finetune.finetune)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("eval")(evaluate.evaluate)
 app.command("convert")(convert.convert)
 app.command("clean")(clean.clean)

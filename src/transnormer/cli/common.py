@@ -140,6 +140,8 @@ _EXPECTED = {
     errno.EROFS: "a disk that may be written; choose another place",
     errno.EACCES: "permission; change it, or choose another path",
     errno.EPERM: "permission; change it, or choose another path",
+    errno.EADDRINUSE: "an address that nobody listens at; choose another port",
+    errno.EADDRNOTAVAIL: "an address of this machine; choose another host",
     errno.EEXIST: _DIRECTORY,
     errno.ENOTDIR: _DIRECTORY,
 }
@@ -199,16 +201,16 @@ def stream_out(pieces: Iterable[str], *, silent: bool = False) -> str:
 
 
 class TokenProgress:
-    """A count of tokens on a terminal's last line; nothing elsewhere."""
+    """A count of tokens, or of other units, on a terminal's last line; nothing elsewhere."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, unit: str = "tokens") -> None:
         from rich.console import Console
         from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            TextColumn("{task.completed:,.0f} tokens"),
+            TextColumn("{task.completed:,.0f} " + unit),
             TimeElapsedColumn(),
             console=console,
             transient=True,

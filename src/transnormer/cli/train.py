@@ -12,6 +12,7 @@ from transnormer.cli import common
 
 if TYPE_CHECKING:
     from transnormer.train.metrics import HeldoutReport, StepReport
+    from transnormer.train.recipe import RunConfig
     from transnormer.train.trainer import TrainResult
 
 SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
@@ -20,20 +21,24 @@ SAMPLE_TEMPERATURE = 0.8
 _LINE_SECONDS = 10.0
 
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a key of the file, e.g. train.steps=100, but not base; may be repeated.",
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in output.dir.", metavar="")
+]
+
+
 def train(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="What to train.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace a key of the file, e.g. train.steps=100, but not base; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in output.dir.", metavar="")
-    ] = False,
+    overrides: Overrides = None,
+    resume: Resume = False,
     sample_tokens: Annotated[
         int, typer.Option(help="Let the trained model write so many tokens at the end.")
     ] = 0,
@@ -52,6 +57,15 @@ def train(
             f"--sample-tokens is {sample_tokens}; expected 0 for objective.kind = "
             f"{config.objective.kind!r}: only a causal language model writes text"
         )
+    result = carry_out(config, resume=resume)
+    facts = facts_of(result)
+    if sample_tokens > 0 and result.stopped_by not in SIGNAL_CODES:
+        facts["sample"] = _sample(result.checkpoint, sample_tokens, config.train.seed)
+    finish(result, facts if as_json else None)
+
+
+def carry_out(config: "RunConfig", *, resume: bool) -> "TrainResult":
+    """Train, tell how it goes and what came of it; all processes but the first end here."""
     from transnormer.eval.perplexity import score_texts
     from transnormer.parallel import current_world
     from transnormer.train.trainer import run_training
@@ -63,10 +77,12 @@ def train(
         # One process of many speaks.
         raise typer.Exit(SIGNAL_CODES.get(result.stopped_by, 0))
     _summary(result, resume)
-    facts = _facts(result)
-    if sample_tokens > 0 and result.stopped_by not in SIGNAL_CODES:
-        facts["sample"] = _sample(result.checkpoint, sample_tokens, config.train.seed)
-    if as_json:
+    return result
+
+
+def finish(result: "TrainResult", facts: dict[str, Any] | None) -> None:
+    """Print the facts, where they are wanted, and end with the exit code of a signal."""
+    if facts is not None:
         common.print_json(facts)
     if result.stopped_by in SIGNAL_CODES:
         raise typer.Exit(SIGNAL_CODES[result.stopped_by])
@@ -111,7 +127,9 @@ def _sample(checkpoint: Path, tokens: int, seed: int) -> str:
     return text
 
 
-def _facts(result: "TrainResult") -> dict[str, Any]:
+def facts_of(result: "TrainResult") -> dict[str, Any]:
+    """What --json prints of a run."""
+
     def report(found: "HeldoutReport | None") -> dict[str, Any] | None:
         return None if found is None else found._asdict()
 

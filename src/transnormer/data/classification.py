@@ -1,6 +1,5 @@
 """Texts with a class each: reading them, a split, tokens on disk, padded batches."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from transnormer.data.document import Document
 from transnormer.data.documents import find_files, read_records
 from transnormer.data.order import Rows, hash_key, permute
 from transnormer.data.shards import TokenSource, write_shards
+from transnormer.data.split import split_by_key
 from transnormer.data.tokenizers.base import Tokenizer
 
 _TOKENS, LABELS = "tokens", "labels.npy"
@@ -142,17 +142,7 @@ def split_labelled(
     salted with the seed, is lowest: neither the order nor the place of files plays a part, and a
     text that occurs twice is on one side.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"data.heldout is {share}; expected a share in (0, 1)")
-    keys = [hashlib.sha256(f"{seed}:{text.text}".encode()).digest() for text in texts]
-    order = sorted(set(keys))
-    if len(order) < 2:
-        raise ValueError(f"data.path holds {len(order)} different text; expected at least 2")
-    out = set(order[: min(max(1, round(share * len(order))), len(order) - 1)])
-    parts: tuple[list[Labelled], list[Labelled]] = ([], [])
-    for key, text in zip(keys, texts, strict=True):
-        parts[key in out].append(text)
-    return parts
+    return split_by_key(texts, [text.text for text in texts], share, seed)
 
 
 def find_classes(texts: Iterable[Labelled]) -> tuple[str | int, ...]:

@@ -118,8 +118,9 @@ class AnyTransnormerBody(AnyTransnormerModel):
             input_ids: int64 [batch, seq].
             attention_mask: [batch, seq] or [batch, past + seq]; 0 at pads, which leave no trace in
                 the state, on whichever side they are.
-            position_ids: int64 [batch, seq]; None continues from the cache. Where one row without
-                mask and cache begins anew inside, it is read as packed sequences.
+            position_ids: int64 [batch, seq] or [seq]; None continues from the cache. Where they begin
+                anew inside a row, without cache and mask, rows are read as packed sequences, each
+                with a state of its own; a cache is then not made.
             past_key_values: a ``DecoderCache``; it is updated.
             inputs_embeds: [batch, seq, hidden_size] instead of input_ids.
             use_cache: return a cache; None is the configuration's, and no in training.
@@ -127,8 +128,11 @@ class AnyTransnormerBody(AnyTransnormerModel):
             shape: extents of a grid, for bidirectional models, see ``Decoder.forward``.
 
         Raises:
-            ValueError: both or none of input_ids and inputs_embeds; a mask of another shape.
+            ValueError: both or none of input_ids and inputs_embeds; a mask of another shape;
+                positions that begin anew beside a cache or a mask that hides something (beside a
+                cache a compiled model cannot look).
             TypeError: a cache of another class.
+            NotImplementedError: hidden states of several packed rows.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected one of input_ids and inputs_embeds; pass one of them")
@@ -143,13 +147,27 @@ class AnyTransnormerBody(AnyTransnormerModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         mask = needed_mask(attention_mask, given.shape[1])
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None and cache is None:
-            cu_seqlens = packed_bounds(position_ids, mask)
-        if cache is None and use_cache and self.transnormer.config.causal and cu_seqlens is None:
-            cache = DecoderCache()
         if position_ids is not None:
             position_ids = position_ids.to(torch.int64).expand(given.shape[0], -1)
+        alone = bool(kwargs.get("output_hidden_states") or self.config.output_hidden_states)
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        folded = None
+        if cu_seqlens is None and cache is None:
+            cu_seqlens = packed_bounds(position_ids, mask)
+            folded = None if cu_seqlens is None or len(given) == 1 else given.shape[:2]
+        elif cu_seqlens is None:
+            check_unpacked(position_ids, mask, "past_key_values")
+        if folded is not None:
+            if alone:
+                raise NotImplementedError(
+                    f"output_hidden_states is True with {folded[0]} rows of packed sequences; "
+                    "expected one row: give one at a time"
+                )
+            # Packed sequences are one row: those of one row behind those of the row before.
+            given = (input_ids, inputs_embeds, position_ids)
+            input_ids, inputs_embeds, position_ids = map(_one_row, given)
+        if cache is None and use_cache and self.transnormer.config.causal and cu_seqlens is None:
+            cache = DecoderCache()
         x, cache = self._read(
             input_ids,
             inputs_embeds,
@@ -158,8 +176,10 @@ class AnyTransnormerBody(AnyTransnormerModel):
             position_ids,
             cu_seqlens=cu_seqlens,
             shape=kwargs.get("shape"),
-            alone=bool(kwargs.get("output_hidden_states") or self.config.output_hidden_states),
+            alone=alone,
         )
+        if folded is not None:
+            x = x.unflatten(1, folded)[0]
         # transformers' annotation is FloatTensor, which no tensor is an instance of.
         hidden: Any = x
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
@@ -219,6 +239,11 @@ class AnyTransnormerBody(AnyTransnormerModel):
         cache.settled(state)
 
 
+def _one_row(x: Tensor | None) -> Tensor | None:
+    """[batch, seq, ...] as [1, batch * seq, ...]."""
+    return None if x is None else x.flatten(0, 1)[None]
+
+
 def _checked_cache(cache: Any) -> DecoderCache | None:
     if cache is not None and not isinstance(cache, DecoderCache):
         raise TypeError(
@@ -248,28 +273,53 @@ def needed_mask(attention_mask: Tensor | None, seq: int) -> Tensor | None:
 
 
 def packed_bounds(position_ids: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
-    """Bounds of the sequences of one row whose positions begin anew inside; None where they do not.
+    """Bounds of sequences where positions begin anew inside a row; None where they do not.
 
     Args:
-        position_ids: [1, seq] or [seq]; other numbers of rows are not packed.
-        mask: bool [1, seq] or None. Where it hides something, positions say nothing of packing.
+        position_ids: [batch, seq] or None.
+        mask: bool [batch, seq] or None.
 
     Returns:
-        int32 [num_sequences + 1].
+        int32 [num_sequences + 1], of all rows one behind the other.
+
+    Raises:
+        ValueError: positions begin anew beside a mask that hides something.
     """
-    if position_ids is None or position_ids.dim() > 2 or position_ids.shape[:-1] not in ((), (1,)):
-        return None
-    return _bounds(position_ids, mask)
+    return None if position_ids is None else _bounds(position_ids, mask)
 
 
 # How many there are depends on values. The compiler must not take a packed row for one text.
 @torch.compiler.disable
 def _bounds(position_ids: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask is not None and not bool(mask.all()):
+        check_unpacked(position_ids, mask, "attention_mask")
         return None
-    row = position_ids.flatten()
-    starts = (row[1:] != row[:-1] + 1).nonzero()[:, 0] + 1
-    if starts.numel() == 0:
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    if not bool(begins[:, 1:].any()):
         return None
-    ends = starts.new_tensor([row.shape[0]])
-    return torch.cat([torch.zeros_like(ends), starts, ends]).to(torch.int32)
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([begins.numel()])]).to(torch.int32)
+
+
+def check_unpacked(position_ids: Tensor | None, mask: Tensor | None, beside: str) -> None:
+    """Raise ValueError where the positions of a row's real tokens begin anew inside it.
+
+    Args:
+        position_ids: [batch, seq] or None.
+        mask: bool [batch, seq] or None.
+        beside: the argument that has no meaning for packed sequences.
+    """
+    if position_ids is None or position_ids.shape[1] < 2 or torch.compiler.is_compiling():
+        return
+    # A pad has the position before it, so that it begins nothing.
+    real = position_ids if mask is None else position_ids.masked_fill(~mask, -1)
+    before = real.cummax(dim=1).values[:, :-1]
+    again = (real[:, 1:] <= before) & (real[:, 1:] >= 0)
+    if bool(again.any()):
+        row, token = again.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids begins anew at token {token + 1} of row {row}, beside {beside}; expected "
+            "one sequence a row: packed sequences are read without cache and pads; leave it out, or "
+            "give one sequence a row"
+        )

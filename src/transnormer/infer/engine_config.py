@@ -9,7 +9,19 @@ from transnormer.ops.linear_attention.step import MAX_TOKENS
 
 
 class QueueFull(RuntimeError):
-    """The engine's queue has no room for a request; it was not taken."""
+    """The engine's queue has no room for a request; it was not taken.
+
+    Attributes:
+        waiting: requests in the queue.
+        bound: requests that it takes now: the configured ones, and one for each free slot.
+    """
+
+    def __init__(self, waiting: int, bound: int) -> None:
+        super().__init__(
+            f"queue holds {waiting} requests; expected less than {bound}, one for each free slot "
+            "and as many as config.queue; submit again when one has finished, or raise queue"
+        )
+        self.waiting, self.bound = waiting, bound
 
 
 class EngineConfig(Config):
@@ -31,6 +43,8 @@ class EngineConfig(Config):
     compile: bool = False
     """Compile the model's blocks for decoding, in place (``compile_blocks``), which fuses what lies
     between its products; prompts, whose lengths differ, are read by the plain blocks."""
+    fused: bool = False
+    """Decode by the kernels of ``FusedStep``: a TransNormerLLM on a GPU, in few launches."""
     draft_tokens: int = Field(default=0, ge=0, lt=MAX_TOKENS)
     """Tokens a step that prompt lookup drafts and the model then confirms; 0 drafts none."""
 
@@ -41,6 +55,8 @@ class EngineConfig(Config):
                 f"prefill_tokens is {self.prefill_tokens}; expected at least slots, {self.slots}, "
                 "so that every slot reads a token a step"
             )
+        if self.fused and self.compile:
+            raise ValueError("fused is True; expected False with compile: choose one of them")
         if self.ring is not None and self.ring < 2 * (self.draft_tokens + 1):
             raise ValueError(
                 f"ring is {self.ring}; expected at least {2 * (self.draft_tokens + 1)}, twice the "

@@ -4,12 +4,20 @@ The engine knows token ids and states, nothing of text or of the family of the m
 """
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from transnormer.config import validate
-from transnormer.infer.prompts import Stop, checked_prompts, checked_stops, ends_with_stop
+from transnormer.infer.prompts import (
+    Stop,
+    checked_count,
+    checked_prompts,
+    checked_stops,
+    ends_with_stop,
+    is_integer,
+)
 from transnormer.infer.reading import advance, read
 from transnormer.infer.sampling import Draws, SamplingConfig, sample
 from transnormer.models.decoder import Decoder
@@ -59,19 +67,16 @@ def generate(
     """
     if not model.config.causal:
         raise ValueError("config.causal is False; expected True: only a causal model generates")
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{name} is {value!r}; expected a number")
     values = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r}; expected a number")
+        values[name] = int(value) if is_integer(value) else float(value)
     sampling = validate(SamplingConfig, values, source="arguments of generate")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; expected an integer")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r}; expected an integer")
+    max_new_tokens = checked_count("max_new_tokens", max_new_tokens)
+    seed = int(torch.randint(2**62, ())) if seed is None else checked_count("seed", seed)
     prompts = checked_prompts(input_ids, model.config.vocab_size)
     return Generation(
         model,

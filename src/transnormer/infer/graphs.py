@@ -6,18 +6,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor, Tensor], Tensor]
+
+class StepOutput(NamedTuple):
+    """What a decoding step gives; valid until the next one.
+
+    Attributes:
+        logits: [rows, tokens, vocab_size].
+        likeliest: int64 [2, rows, tokens]: the likeliest token after each, and 1 where the largest
+            logit is NaN or infinite; None where the step does not look.
+    """
+
+    logits: Tensor
+    likeliest: Tensor | None
+
+
+Step = Callable[[Tensor, Tensor], StepOutput]
 # Runs before a capture: kernels are compiled and libraries choose their algorithms in these.
 _WARMUP = 3
 
 
 class _Graph(NamedTuple):
-    """A captured step, and the tensors that it reads and writes."""
+    """A captured step, what it reads (ids, then slots, in one tensor), and what it gives."""
 
     graph: torch.cuda.CUDAGraph
-    ids: Tensor
-    slots: Tensor
-    logits: Tensor
+    inputs: Tensor
+    output: StepOutput
 
 
 class GraphedStep:
@@ -27,9 +40,9 @@ class GraphedStep:
     for each number of rows and tokens serves all of them. On a CPU the step is simply called.
 
     Args:
-        step: from ids [rows, tokens] and slots int32 [rows] to logits; its outputs and effects
-            follow from these and from tensors that stay where they are, it never waits for the
-            device, and a slot of -1 has no effect that matters.
+        step: from ids [rows, tokens], int64 or int32, and slots int32 [rows] to its output; outputs
+            and effects follow from these and from tensors that stay where they are, it never waits
+            for the device, and a slot of -1 has no effect that matters.
         device: where it runs.
     """
 
@@ -39,8 +52,8 @@ class GraphedStep:
         # Graphs run one after the other, so they may share their scratch memory.
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def __call__(self, ids: Tensor, slots: Tensor) -> Tensor:
-        """Run the step; the logits are valid until the next call.
+    def __call__(self, ids: Tensor, slots: Tensor) -> StepOutput:
+        """Run the step; what it gives is valid until the next call.
 
         Args:
             ids: int64 [rows, tokens] on the CPU.
@@ -52,16 +65,30 @@ class GraphedStep:
         if (rows, tokens) not in self._graphs:
             self._graphs[rows, tokens] = self._capture(rows, tokens)
         graph = self._graphs[rows, tokens]
-        graph.ids.copy_(ids, non_blocking=True)
-        graph.slots.copy_(slots, non_blocking=True)
+        # One copy for both: each costs the host as much as some kernels cost the device.
+        given = torch.cat([ids.flatten().to(torch.int32), slots])
+        graph.inputs.copy_(given, non_blocking=True)
         graph.graph.replay()
-        return graph.logits
+        return graph.output
+
+    def again(self, rows: int, tokens: int) -> None:
+        """Run the step of a shape on what it was given last: what the device does, for a clock.
+
+        Raises:
+            ValueError: no step of this shape has run on a GPU.
+        """
+        if (rows, tokens) not in self._graphs:
+            raise ValueError(
+                f"no graph of {rows} rows and {tokens} tokens; expected one of {[*self._graphs]}"
+            )
+        self._graphs[rows, tokens].graph.replay()
 
     @torch.no_grad()
     def _capture(self, rows: int, tokens: int) -> _Graph:
-        ids = torch.zeros(rows, tokens, dtype=torch.int64, device=self._device)
+        inputs = torch.zeros(rows * (tokens + 1), dtype=torch.int32, device=self._device)
+        ids, slots = inputs[: rows * tokens].view(rows, tokens), inputs[rows * tokens :]
         # No row is real: what runs now changes no sequence.
-        slots = torch.full((rows,), -1, dtype=torch.int32, device=self._device)
+        slots.fill_(-1)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -70,5 +97,5 @@ class GraphedStep:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            logits = self._step(ids, slots)
-        return _Graph(graph, ids, slots, logits)
+            output = self._step(ids, slots)
+        return _Graph(graph, inputs, output)

@@ -5,122 +5,23 @@ fragmentation, and decoding works in place. A model with softmax layers keeps a 
 that grows with its tokens; every pass joins those it needs, which costs a copy of them.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from transnormer.infer.graphs import GraphedStep
-from transnormer.infer.reading import advance, evaluate
+from transnormer.infer.fused import FusedStep, likeliest
+from transnormer.infer.graphs import GraphedStep, StepOutput
+from transnormer.infer.growing_pool import GrowingPool
+from transnormer.infer.reading import evaluate
+from transnormer.infer.state_pool import StatePool
 from transnormer.models.compilation import compile_blocks
 from transnormer.models.cost import bytes_per_token
 from transnormer.models.decoder import Block, Decoder
 from transnormer.models.state import DecoderState
-from transnormer.nn.state import KVState, LayerState, SlotState, map_tensors, state_bytes
+from transnormer.nn.state import LayerState, SlotState, map_tensors, state_bytes
 from transnormer.nn.token_mixers import TokenMixer
 from transnormer.ops import RingState
-
-
-class StatePool(ABC):
-    """States of up to ``slots`` sequences of one model.
-
-    Args:
-        model: a causal decoder.
-        slots: sequences that there is room for.
-        compiled: the blocks are compiled; what has no fixed shape then runs as if they were not.
-    """
-
-    def __init__(self, model: Decoder, slots: int, *, compiled: bool = False) -> None:
-        self.model, self.slots = model, slots
-        self.device = next(model.parameters()).device
-        self._empty = model.empty_state(1)
-        # What ``verify`` leaves to ``keep``: ids, slots, and the states before and after.
-        self._compiled = compiled
-        self._verified: tuple[Tensor, list[int], DecoderState | None, DecoderState | None] | None
-        self._verified = None
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the states held now."""
-
-    @abstractmethod
-    def read(self, slots: Sequence[int]) -> DecoderState:
-        """A copy of the states of some slots, a row each."""
-
-    @abstractmethod
-    def write(self, slots: Sequence[int], state: DecoderState) -> None:
-        """Set the states of some slots, each named once, from the rows of ``state``."""
-
-    @abstractmethod
-    def decode(self, ids: Tensor, slots: Sequence[int], rows: int) -> Tensor:
-        """Advance slots by a token each: ids [n, 1] on the CPU; logits [n, 1, vocab_size].
-
-        Runs as a batch of ``rows`` >= n rows, so that its shape does not depend on n.
-        """
-
-    def reset(self, slot: int) -> None:
-        """Make a slot the start of a sequence."""
-        self.write([slot], self._empty)
-
-    def prefill(self, pieces: Sequence[Tensor], slots: Sequence[int]) -> Tensor:
-        """Read the next tokens of slots in one packed call.
-
-        Args:
-            pieces: ids [tokens] for each slot, on the CPU, of any lengths.
-            slots: which sequences they continue.
-
-        Returns:
-            logits after the last token of each, [n, vocab_size].
-        """
-        state = self.read(slots)
-        packed = torch.cat(list(pieces))[None].to(self.device)
-        bounds: Tensor | None = None
-        if len(pieces) > 1:
-            bounds = torch.tensor([0, *map(len, pieces)]).cumsum(0).to(self.device)
-        with self._plain():
-            logits, state = advance(self.model, packed, state, cu_seqlens=bounds)
-        self.write(slots, state)
-        return logits
-
-    def _plain(self) -> AbstractContextManager[Any]:
-        """Within it blocks run uncompiled: each new length would be compiled anew."""
-        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
-
-    def verify(self, ids: Tensor, slots: Sequence[int], rows: int) -> Tensor:
-        """Logits after each of several tokens of slots, of which ``keep`` then keeps the first.
-
-        Args:
-            ids: [n, tokens] on the CPU.
-            slots: n sequences.
-            rows: of the batch, as ``decode``'s.
-
-        Returns:
-            logits [n, tokens, vocab_size].
-        """
-        before = self.read(slots)
-        with self._plain():
-            output = evaluate(self.model, ids.to(self.device), state=before)
-        self._verified = (ids, list(slots), before, output.state)
-        return output.logits
-
-    def keep(self, counts: Sequence[int]) -> None:
-        """Keep the first ``counts`` tokens of each row of the last ``verify``, and no others."""
-        assert self._verified is not None
-        (ids, slots, before, after), self._verified = self._verified, None
-        assert after is not None
-        tokens = ids.shape[1]
-        if min(counts) < tokens:
-            # Tokens cannot be taken out of a sum: the snapshot reads again those that stay.
-            mask = torch.arange(tokens) < torch.tensor(counts)[:, None]
-            with self._plain():
-                _, after = advance(
-                    self.model, ids.to(self.device), before, mask=mask.to(self.device)
-                )
-        self.write(slots, after)
 
 
 class FixedPool(StatePool):
@@ -133,12 +34,23 @@ class FixedPool(StatePool):
             ``RingState``), so that a state is seldom written and tokens can be taken back; None
             has no rings.
         compiled: as ``StatePool``'s.
+        fused: decode by the kernels of ``FusedStep``; prompts are read by the model.
+        draw_below: ids from here on are never the likeliest.
     """
 
     def __init__(
-        self, model: Decoder, slots: int, *, ring: int | None = None, compiled: bool = False
+        self,
+        model: Decoder,
+        slots: int,
+        *,
+        ring: int | None = None,
+        compiled: bool = False,
+        fused: bool = False,
+        draw_below: int | None = None,
     ) -> None:
         super().__init__(model, slots, compiled=compiled)
+        self._fused = FusedStep(model) if fused else None
+        self._limit = draw_below
         self._mixers = _mixers(model)
         self._dtype = model.embedding.weight.dtype
         # The row after the last slot takes what the rows of a batch that are not real write.
@@ -151,7 +63,7 @@ class FixedPool(StatePool):
             else layer
             for mixer, layer in zip(self._mixers, pool.layers, strict=True)
         ]
-        self._step = GraphedStep(self._advance, self.device)
+        self.step = GraphedStep(self._advance, self.device)
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +112,9 @@ class FixedPool(StatePool):
         padded[: len(slots)] = ids
         places = torch.full((rows,), -1, dtype=torch.int32)
         places[: len(slots)] = torch.tensor(list(slots), dtype=torch.int32)
-        return self._step(padded, places)[: len(slots)]
+        logits, best = self.step(padded, places)
+        self.likeliest = None if best is None else best[:, : len(slots)]
+        return logits[: len(slots)]
 
     def verify(self, ids: Tensor, slots: Sequence[int], rows: int) -> Tensor:
         if not self.rolls_back:
@@ -235,8 +149,15 @@ class FixedPool(StatePool):
             layer.roll_back(dropped, index)
         self.positions.index_add_(0, index, -dropped)
 
-    def _advance(self, ids: Tensor, slots: Tensor) -> Tensor:
-        """One step over slots, -1 for rows that are not real; logits [rows, tokens, vocab_size]."""
+    def _advance(self, ids: Tensor, slots: Tensor) -> StepOutput:
+        """One step over slots, -1 for rows that are not real."""
+        if self._fused is None:
+            logits = self._advance_by_model(ids, slots)
+        else:
+            logits = self._fused(ids, slots, self.positions, self.layers)
+        return StepOutput(logits, likeliest(logits, self._limit))
+
+    def _advance_by_model(self, ids: Tensor, slots: Tensor) -> Tensor:
         index = torch.where(slots < 0, self.slots, slots).to(torch.int64)
         layers = []
         for mixer, layer in zip(self._mixers, self.layers, strict=True):
@@ -257,105 +178,32 @@ class FixedPool(StatePool):
         return output.logits
 
 
-class GrowingPool(StatePool):
-    """A state of its own for each slot, for models whose state grows with the tokens read."""
-
-    def __init__(self, model: Decoder, slots: int) -> None:
-        super().__init__(model, slots)
-        self._states = [self._empty] * slots
-        self._grows = [bool(bytes_per_token(layer)) for layer in self._empty.layers]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(state_bytes(layer) for state in self._states for layer in state.layers)
-
-    @torch.no_grad()
-    def read(self, slots: Sequence[int]) -> DecoderState:
-        states = [self._states[slot] for slot in slots]
-        layers = [
-            _joined([state.layers[i] for state in states]) for i in range(len(self._empty.layers))
-        ]
-        return DecoderState(tuple(layers), torch.cat([state.positions for state in states]))
-
-    @torch.no_grad()
-    def write(self, slots: Sequence[int], state: DecoderState) -> None:
-        # Tokens lie side by side; columns that are no token's are dropped at both ends.
-        spans = [(0, 0)] * len(slots)
-        for layer, grows in zip(state.layers, self._grows, strict=True):
-            if grows:
-                spans = _spans(layer.valid)
-                break
-        for row, slot in enumerate(slots):
-            first, length = spans[row]
-            own, column = slice(row, row + 1), slice(first, first + length)
-            layers = [
-                _cut(layer, (own, column) if grows else (own,))
-                for layer, grows in zip(state.layers, self._grows, strict=True)
-            ]
-            self._states[slot] = DecoderState(tuple(layers), state.positions[row : row + 1].clone())
-
-    def decode(self, ids: Tensor, slots: Sequence[int], rows: int) -> Tensor:
-        output = evaluate(self.model, ids.to(self.device), state=self.read(slots))
-        assert output.state is not None
-        self.write(slots, output.state)
-        return output.logits
-
-
 def _mixers(model: Decoder) -> list[TokenMixer]:
     """The token mixers of the blocks, in order."""
     return [block.token_mixer for block in model.blocks if isinstance(block, Block)]
 
 
-def _cut(layer: LayerState, part: tuple[slice, ...]) -> LayerState:
-    """A copy of a part of a layer's state, which does not keep the whole alive."""
-    return map_tensors(lambda x: x[part].clone(), layer)
-
-
-def _spans(valid: Tensor) -> list[tuple[int, int]]:
-    """First valid column of each row and how many there are up to the last."""
-    rows, length = valid.shape
-    if not length:
-        return [(0, 0)] * rows
-    column = torch.arange(length, device=valid.device)
-    first = torch.where(valid, column, length).amin(1)
-    last = torch.where(valid, column, -1).amax(1)
-    return [(a, b - a + 1) if b >= 0 else (0, 0) for a, b in torch.stack([first, last], 1).tolist()]
-
-
-def _joined(layers: Sequence[LayerState]) -> LayerState:
-    """One state of the rows of several; caches of other lengths are padded in front."""
-    first = layers[0]
-    if isinstance(first, Tensor):
-        return torch.cat([x for x in layers if isinstance(x, Tensor)])
-    longest = 0
-    if isinstance(first, KVState):
-        longest = max(layer[-1].shape[1] for layer in layers)
-    fields = []
-    for parts in zip(*layers, strict=True):
-        if isinstance(first, KVState):
-            # A token's columns stay side by side when new ones follow.
-            parts = [
-                torch.cat([x.new_zeros(x.shape[0], longest - x.shape[1], *x.shape[2:]), x], 1)
-                for x in parts
-            ]
-        fields.append(torch.cat(list(parts)))
-    return type(first)(*fields)
-
-
 def make_pool(
-    model: Decoder, slots: int, *, ring: int | None = None, compiled: bool = False
+    model: Decoder,
+    slots: int,
+    *,
+    ring: int | None = None,
+    compiled: bool = False,
+    fused: bool = False,
+    draw_below: int | None = None,
 ) -> StatePool:
     """The pool that a model's state needs.
 
     Args:
         model: a causal decoder.
         slots: sequences that there is room for.
-        ring: as ``FixedPool``'s.
+        ring, fused, draw_below: as ``FixedPool``'s.
         compiled: compile the model's blocks for decoding, in place.
 
     Raises:
-        NotImplementedError: rings for a model without layers of constant decay; rings or
-            compilation for one with a state that grows.
+        NotImplementedError: rings for a model without layers of constant decay; rings, compilation
+            or fused steps for one with a state that grows; what ``FusedStep`` refuses.
+        RuntimeError: fused steps where Triton does not run.
     """
     empty = model.empty_state(0, device="meta")
     grows = any(bytes_per_token(layer) for layer in empty.layers)
@@ -363,12 +211,14 @@ def make_pool(
     if ring is not None and (grows or not steps):
         why = "its state grows" if grows else "no layer has constant decay"
         raise NotImplementedError(f"ring is {ring}; expected None for this model, since {why}")
-    if compiled and grows:
-        raise NotImplementedError(
-            "compile is True; expected False for this model, whose state has another shape each step"
-        )
+    for name, value in (("compile", compiled), ("fused", fused)):
+        if value and grows:
+            raise NotImplementedError(
+                f"{name} is True; expected False for this model, whose state has another shape each "
+                "step"
+            )
     if compiled:
         compile_blocks(model)
     if grows:
         return GrowingPool(model, slots)
-    return FixedPool(model, slots, ring=ring, compiled=compiled)
+    return FixedPool(model, slots, ring=ring, compiled=compiled, fused=fused, draw_below=draw_below)

@@ -1,6 +1,8 @@
 """What generation is given: prompts as ids, and the ids that end an answer."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,15 +60,23 @@ def checked_ids(name: str, ids: Tensor, vocab_size: int) -> Tensor:
     return ids
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise TypeError or ValueError unless each is None or an integer of at least 0."""
-    for name, value in counts.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}; expected an integer")
-        if value < 0:
-            raise ValueError(f"{name} is {value}; expected at least 0")
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer, numpy's included; a truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def checked_count(name: str, value: int) -> int:
+    """An integer of at least 0 as Python's; raises TypeError or ValueError, naming it."""
+    if not is_integer(value):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    if value < 0:
+        raise ValueError(f"{name} is {value}; expected at least 0")
+    return int(value)
+
+
+def optional_count(name: str, value: int | None) -> int | None:
+    """``checked_count`` of what may be None."""
+    return None if value is None else checked_count(name, value)
 
 
 def check_sampling(sampling: SamplingConfig, vocab_size: int) -> None:
@@ -88,19 +98,20 @@ def checked_stops(stop: Stop | None, config: DecoderConfig) -> list[tuple[int, .
     if stop is None:
         eos = config.eos_token_id
         return [] if eos is None else [(eos,)]
-    entries = [stop] if isinstance(stop, int) else list(stop)
-    stops = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in entries]
+    given: Any = stop
+    entries = [given] if is_integer(given) else list(given)
+    stops = [(entry,) if is_integer(entry) else tuple(entry) for entry in entries]
     for index, ids in enumerate(stops):
         if not ids:
             raise ValueError(f"stop[{index}] is empty; expected at least one id")
-        if not all(isinstance(token, int) for token in ids):
+        if not all(map(is_integer, ids)):
             raise TypeError(f"stop[{index}] is {ids}; expected integers; encode text first")
         if not all(0 <= token < config.vocab_size for token in ids):
             raise ValueError(
                 f"stop[{index}] is {list(ids)}; expected ids below {config.vocab_size}, the "
                 "vocabulary of the model"
             )
-    return stops
+    return [tuple(map(int, ids)) for ids in stops]
 
 
 def checked_state(

@@ -4,14 +4,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transnormer.infer.gptq import calibrate
 from transnormer.models.decoder import Decoder
-
-# What torch's 4-bit tile kernels take: inputs in multiples, outputs in multiples, and their tiles.
-_TILE_INPUTS, _TILE_OUTPUTS, _INNER_TILES = 1024, 8, 8
+from transnormer.models.quantized_weights import Rounded, install, read_by_rows, torchao
 
 
 def quantize(
@@ -28,6 +25,7 @@ def quantize(
     group_size weights of a row. Integers are the nearest ones, or for 4 bits with ``calibration``
     those of GPTQ. On a GPU the 4-bit weights are packed for torch's tile kernels, which take
     bfloat16; on a CPU they take a byte each, so that results can be looked at, not memory saved.
+    What was quantised on a CPU can be saved, and loaded on either (``models.quantized_weights``).
 
     Args:
         model: a decoder, not to be trained afterwards; its fingerprint changes.
@@ -71,12 +69,7 @@ def quantize(
                 )
             if on_gpu and module.weight.dtype != torch.bfloat16:
                 raise TypeError(f"{name} is {module.weight.dtype}; expected bfloat16 for 4 bits")
-    try:
-        from torchao import quantization as ao
-    except ImportError as error:
-        raise RuntimeError(
-            "quantisation needs torchao; run: pip install 'transnormer[quant]'"
-        ) from error
+    ao = torchao()
     if calibration is not None:
         calibrate(model, targets, calibration, group_size, _install)
         return
@@ -92,6 +85,7 @@ def quantize(
             weight_dtype=types.int4, granularity=ao.PerGroup(group_size)
         )
     ao.quantize_(model, settings, filter_fn=lambda module, name: name in targets)
+    read_by_rows(model)
 
 
 def _untyped(value: Any) -> Any:
@@ -100,32 +94,4 @@ def _untyped(value: Any) -> Any:
 
 def _install(module: nn.Linear, ints: Tensor, scales: Tensor) -> None:
     """Put 4-bit integers [outputs, inputs] and their scales in the place of a weight."""
-    weight = _tiles(ints, scales) if ints.is_cuda else _bytes(ints, scales, module.weight.dtype)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def _bytes(ints: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """torchao's 4-bit weights of a byte each."""
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-
-    size = ints.shape[1] // scales.shape[1]
-    zeros = torch.zeros_like(scales, dtype=torch.int8)
-    target = _untyped(torch).int4
-    return IntxUnpackedToInt8Tensor(ints, scales.to(dtype), zeros, target, (1, size), dtype, None)
-
-
-def _tiles(ints: Tensor, scales: Tensor) -> Tensor:
-    """torchao's packed 4-bit weights, (integer + 8 - 8) x scale + 0 in the kernels' convention."""
-    from torchao.quantization import Int4TilePackedTo4dTensor
-    from torchao.quantization.utils import pack_tinygemm_scales_and_zeros
-
-    outputs, inputs = ints.shape
-    size = inputs // scales.shape[1]
-    more = (0, -inputs % _TILE_INPUTS, 0, -outputs % _TILE_OUTPUTS)
-    unsigned = F.pad(ints.to(torch.int32), more) + 8
-    pairs = (unsigned[:, ::2] << 4 | unsigned[:, 1::2]).to(torch.uint8).contiguous()
-    packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_TILES)
-    more = (0, unsigned.shape[1] // size - scales.shape[1], 0, more[3])
-    padded = F.pad(scales, more, value=1.0).bfloat16()
-    both = pack_tinygemm_scales_and_zeros(padded, torch.zeros_like(padded), torch.bfloat16)
-    return Int4TilePackedTo4dTensor(packed, both, [1, size], torch.Size((outputs, inputs)))
+    install(module, Rounded(ints, scales, 4))

@@ -34,6 +34,7 @@ def advance(
     *,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
+    every: bool = False,
 ) -> tuple[Tensor, DecoderState]:
     """Logits after the last token of each row or packed sequence, [rows, vocab_size], and the state.
 
@@ -43,11 +44,15 @@ def advance(
         state: what came before; not modified.
         cu_seqlens: bounds of packed sequences.
         mask: False tokens leave no trace.
+        every: logits after every token of the only row instead, [seq, vocab_size].
     """
+    kept = None if every else 1
     output = evaluate(
-        model, input_ids, state=state, cu_seqlens=cu_seqlens, mask=mask, logits_to_keep=1
+        model, input_ids, state=state, cu_seqlens=cu_seqlens, mask=mask, logits_to_keep=kept
     )
     assert output.state is not None
+    if every:
+        return output.logits[0], output.state
     logits = output.logits[0] if cu_seqlens is not None else output.logits[:, -1]
     return logits, output.state
 

@@ -1,7 +1,7 @@
 """One request to an engine: what was asked, and what has come of it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -13,6 +13,25 @@ from transnormer.models.state import DecoderState
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 # Told the tokens so far, whether they end here: a stop string looks at their text.
 Until = Callable[[Sequence[int]], bool]
+# Told when a request has ended.
+OnFinish = Callable[["Request"], object]
+
+
+class ReadOnlyIds(Sequence[int]):
+    """A list of ids that its holder sees grow and cannot change; slices are copies."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._ids[index]
 
 
 class Request:
@@ -22,8 +41,9 @@ class Request:
 
     Attributes:
         prompt: its ids, int64 [tokens] on the CPU.
-        token_ids: the ids drawn so far, those that stopped it included.
         logprobs: one entry a token where they were asked for.
+        prompt_logprobs: one entry a token of the prompt read so far where they were asked for; None
+            for the first, which nothing predicts.
         finish_reason: "stop", "length", "cancelled", "error", or None while it waits or runs.
         error: why it ended, where that was an error of its own.
         cached_tokens: tokens of the prompt that the prefix cache knew.
@@ -41,14 +61,17 @@ class Request:
         stops: list[tuple[int, ...]],
         until: Until | None,
         logprobs: int | None,
+        prompt_logprobs: int | None,
         state: DecoderState | None,
         keep_state: bool,
+        on_finish: OnFinish | None,
         run: Callable[[], object],
     ) -> None:
         self.prompt = prompt
         self.max_new_tokens, self.sampling, self.keep_state = max_new_tokens, sampling, keep_state
-        self.token_ids: list[int] = []
+        self._ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self._kept: DecoderState | None = None
@@ -57,16 +80,36 @@ class Request:
         self.submitted_at = self.first_token_by = 0
         self.first_token_at: int | None = None
         self.initial_state = state
-        self.logprobs_count = logprobs
+        self.logprobs_count, self.prompt_logprobs_count = logprobs, prompt_logprobs
+        # Logits after the last token read, which predict the next one of the prompt.
+        self.ahead: Tensor | None = None
         self.cancelled = False
         # Tokens of the prompt that the model has read.
         self.read_tokens = 0
         # Asked every step, and a tensor's length is not free.
         self.prompt_tokens = len(prompt)
         self._stops, self._until, self._run = stops, until, run
+        self._on_finish = on_finish
         self._draws = Draws(seed, 1) if sampling.temperature > 0.0 else None
         self._history = TokenHistory(prompt.tolist()) if sampling.adjusts else None
         self._lookup: PromptLookup | None = None
+        # Whether its tokens are the likeliest of the model's logits as they are; asked every step.
+        self.greedy = self._draws is None and self._history is None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """A copy of the ids drawn so far, those that stopped it included."""
+        return self._ids.copy()
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens were drawn so far."""
+        return len(self._ids)
+
+    @property
+    def last_token(self) -> int:
+        """The id drawn last; there is one."""
+        return self._ids[-1]
 
     @property
     def finished(self) -> bool:
@@ -92,9 +135,9 @@ class Request:
     def __iter__(self) -> Iterator[int]:
         given = 0
         while True:
-            while given < len(self.token_ids):
+            while given < len(self._ids):
                 given += 1
-                yield self.token_ids[given - 1]
+                yield self._ids[given - 1]
             if self.finished:
                 self.result()
                 return
@@ -123,7 +166,7 @@ class Request:
     @property
     def position(self) -> int:
         """Position after the last token, the tokens before the prompt counted."""
-        return self._start + self.prompt_tokens + len(self.token_ids)
+        return self._start + self.prompt_tokens + len(self._ids)
 
     @property
     def adjusts(self) -> bool:
@@ -140,21 +183,32 @@ class Request:
 
     def take(self, token: int) -> None:
         """Record the next token, and whether it is the last."""
-        self.token_ids.append(token)
+        self._ids.append(token)
         if self._history is not None:
             self._history.add(token)
         if self._lookup is not None:
             self._lookup.add(token)
-        if self._stops and ends_with_stop(self.token_ids, self._stops):
+        if self._stops and ends_with_stop(self._ids, self._stops):
             self.finish_reason = "stop"
-        elif self._ends():
+        elif self._until is not None and self._ends(self._until):
             self.finish_reason = self.finish_reason or "stop"
-        elif len(self.token_ids) == self.max_new_tokens:
+        elif len(self._ids) == self.max_new_tokens:
             self.finish_reason = "length"
 
     def fail(self, error: Exception) -> None:
         """End the request with an error of its own."""
         self.error, self.finish_reason = error, "error"
+
+    def report(self) -> None:
+        """Tell the caller that the request has finished and its slot is free."""
+        call, self._on_finish = self._on_finish, None
+        if call is None:
+            return
+        try:
+            call(self)
+        except Exception as error:
+            # As for ``until``: nobody else's tokens depend on it.
+            self.fail(error)
 
     def fail_at(self, largest: float) -> None:
         """End the request because of its largest logit, which no token can be drawn from."""
@@ -171,16 +225,14 @@ class Request:
 
     def draft(self, most: int) -> list[int]:
         """Up to so many tokens that may come next, fewer than may still be asked for."""
-        left = self.max_new_tokens - len(self.token_ids) - 1
+        left = self.max_new_tokens - len(self._ids) - 1
         if self._lookup is None or left < 1:
             return []
         return self._lookup.propose(min(most, left))
 
-    def _ends(self) -> bool:
-        if self._until is None:
-            return False
+    def _ends(self, until: Until) -> bool:
         try:
-            return bool(self._until(self.token_ids))
+            return bool(until(ReadOnlyIds(self._ids)))
         except Exception as error:
             # The caller's mistake ends the caller's request, and ``result`` raises it.
             self.fail(error)

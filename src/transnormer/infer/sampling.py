@@ -16,6 +16,9 @@ from torch import Tensor
 
 from transnormer.config import Config
 
+# Rows of logits whose probabilities are computed at once.
+_LOGPROB_ROWS = 128
+
 
 class SamplingConfig(Config):
     """How the next token is drawn from the logits.
@@ -170,15 +173,32 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """The log probability of a token and of the ``count`` likeliest; logits [vocab_size].
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], count: int, limit: int | None = None
+) -> list[TokenLogprobs]:
+    """The log probability of a token and of the ``count`` likeliest, for each row of logits.
 
-    Computed in float32 (float64 for float64 logits).
+    Computed in float32 (float64 for float64 logits), some rows at a time.
+
+    Args:
+        logits: [rows, vocab_size].
+        tokens: one a row.
+        count: likeliest tokens to name.
+        limit: ids from here on have the probability 0; None has no limit.
     """
-    logprobs = raised(logits).log_softmax(-1)
-    values, ids = logprobs.topk(min(count, logits.shape[-1]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(float(logprobs[token]), top)
+    found: list[TokenLogprobs] = []
+    count = min(count, logits.shape[-1] if limit is None else limit)
+    for start in range(0, len(tokens), _LOGPROB_ROWS):
+        part = raised(logits[start : start + _LOGPROB_ROWS])
+        if limit is not None and limit < part.shape[-1]:
+            part = torch.cat([part[:, :limit], torch.full_like(part[:, limit:], -math.inf)], -1)
+        logprobs = part.log_softmax(-1)
+        ids = torch.tensor(tokens[start : start + _LOGPROB_ROWS], device=logits.device)
+        own = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+        best, places = logprobs.topk(count, dim=-1)
+        for logprob, values, names in zip(own, best.tolist(), places.tolist(), strict=True):
+            found.append(TokenLogprobs(logprob, tuple(zip(names, values, strict=True))))
+    return found
 
 
 def raised(logits: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transnormer import files
 from transnormer.config import validate
 from transnormer.data.tokenizers import find_tokenizer_file
-from transnormer.models import tensor_files
+from transnormer.models import quantized_weights, tensor_files
 from transnormer.models.assembly import CONFIG, assemble
 from transnormer.models.classifier import ClassifierConfig, SequenceClassifier
 from transnormer.models.convert import llama, released
@@ -52,10 +52,10 @@ def save(model: AnyModel, path: str | Path, *, layout: Layout = "transnormer") -
         layout: "transnormer", or "released" for the layout of the released TransNormerLLM.
 
     Raises:
-        NotImplementedError: the released layout cannot express the model; the field is named.
+        NotImplementedError: the released layout cannot express the model; the field is named. Weights
+            that were quantised on a GPU to 4 bits.
         ValueError: an unknown layout, or path holds something that is not a saved model.
-        TypeError: a model that is no ``Decoder`` and no ``SequenceClassifier``, or whose weights are
-            quantised: files hold plain tensors.
+        TypeError: a model that is no ``Decoder`` and no ``SequenceClassifier``.
     """
     if layout not in ("transnormer", "released"):
         raise ValueError(f"layout is {layout!r}; expected 'transnormer' or 'released'")
@@ -64,18 +64,17 @@ def save(model: AnyModel, path: str | Path, *, layout: Layout = "transnormer") -
             f"model is {type(model).__name__}; expected a Decoder or a SequenceClassifier"
         )
     tensors = dict(model.state_dict())
-    for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, nn.Parameter):
-            raise TypeError(
-                f"{name} is a {type(tensor).__name__}; expected a plain tensor; save the model before "
-                "it is quantised, and quantise it again after loading"
-            )
     raw: dict[str, Any] | None = None
     if layout == "released":
         if not isinstance(model, Decoder):
             raise NotImplementedError(
                 "model is a SequenceClassifier; expected a Decoder, which is all that the released "
                 "layout can hold; save with layout='transnormer'"
+            )
+        if (rounded := set(quantized_weights.plain_parts(tensors)) - set(tensors)) != set():
+            raise NotImplementedError(
+                f"the model is quantised ({min(rounded)}); expected plain weights for the released "
+                "layout; save with layout='transnormer'"
             )
         raw, tensors = released.write(model.config, tensors)
     with replaced(path) as directory:
@@ -154,7 +153,9 @@ def load_any(
         raise ValueError(f"{error}; {older} is whole: load that") from error
     with torch.device("meta"):
         model = _new(config)
+    stored, rounded = quantized_weights.split(stored)
     assemble(model, stored, directory, stored_name, device=device, dtype=dtype)
+    quantized_weights.install_all(model, rounded)
     return model
 
 
@@ -176,7 +177,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def write_weights(
-    model: nn.Module, directory: Path, *, tokenizer_fingerprint: str | None = None
+    model: nn.Module,
+    directory: Path,
+    *,
+    tokenizer_fingerprint: str | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write a model's weights and config.json into a directory that exists.
 
@@ -184,8 +189,15 @@ def write_weights(
         model: a ``Decoder`` or a ``SequenceClassifier``.
         directory: where to.
         tokenizer_fingerprint: of the tokenizer that the model was trained with.
+        shard_bytes: the most of tensors in one file; larger ones are cut into rows. None is what
+            other packages read: shards of 5 GiB with whole tensors.
     """
-    written = tensor_files.write_tensors(model.state_dict(), directory)
+    most: dict[str, Any] = {}
+    if shard_bytes is not None:
+        most = {"shard_bytes": shard_bytes, "cut_rows": True}
+    written = tensor_files.write_tensors(
+        quantized_weights.plain_parts(model.state_dict()), directory, **most
+    )
     raw: dict[str, Any] = {
         "model_type": MODEL_TYPE if isinstance(model, Decoder) else CLASSIFIER_TYPE,
         "format": FORMAT,

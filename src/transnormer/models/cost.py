@@ -43,6 +43,7 @@ class ModelCost:
         without_embeddings: without embeddings and head.
         active_parameters: the matrices that each token is multiplied with, the head among them;
             twice as many operations are its forward pass but for the mixing of tokens.
+        stored_bytes: of all parameters.
         weight_bytes: of what a decoding step reads once for all rows: everything but an embedding
             that is not also the head.
         constant_state_bytes: of one sequence's state, whatever its length.
@@ -53,6 +54,7 @@ class ModelCost:
     parameters: int
     without_embeddings: int
     active_parameters: int
+    stored_bytes: int
     weight_bytes: int
     constant_state_bytes: int
     state_bytes_per_token: int
@@ -83,6 +85,7 @@ class ModelCost:
             parameters=model.num_parameters(),
             without_embeddings=model.num_parameters(embeddings=False),
             active_parameters=matrices + head,
+            stored_bytes=sum(every.values()),
             weight_bytes=sum(every.values()) - unread,
             constant_state_bytes=constant,
             state_bytes_per_token=growing,

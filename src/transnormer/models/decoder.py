@@ -17,7 +17,7 @@ from transnormer.nn.norms import NormConfig
 from transnormer.nn.state import LayerState
 from transnormer.nn.token_mixers import TokenMixer, TokenMixerConfig
 from transnormer.ops import linear_cross_entropy
-from transnormer.ops.checks import check_tensor
+from transnormer.ops.checks import autocast_dtype, check_tensor
 from transnormer.ops.cross_entropy import IGNORE_INDEX
 
 
@@ -164,7 +164,13 @@ class Decoder(nn.Module):
 
     Training, prefill and decoding are one computation: ``model(a)`` and then ``model(b, state)``
     equals ``model(cat(a, b))`` at every split.
+
+    Attributes:
+        autocast_residual: under autocast the residual stream has its dtype too, half the bytes
+            between blocks; else that of the embedding. Without autocast it means nothing.
     """
+
+    autocast_residual: bool = False
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -245,6 +251,8 @@ class Decoder(nn.Module):
             inputs.check_positions(where, config.max_positions)
             x = x + self.position_embedding(where)
         x = F.dropout(x, config.dropout, self.training)
+        if self.autocast_residual:
+            x = x.to(autocast_dtype(x))
         layers = []
         shared = {kind: part() for kind, part in self.shared.items()}
         for i, block in enumerate(self.blocks):

@@ -53,6 +53,21 @@ def peak_of(name: str) -> Peak | None:
     return _PEAKS.get(name)
 
 
+def find_peak(name: str) -> tuple[str, Peak]:
+    """The first device of the table whose name has these words in it, such as "h100" or "a100 80gb".
+
+    Raises:
+        ValueError: there is none; all names are listed.
+    """
+    words = name.lower().replace("-", " ").split()
+    for known, peak in _PEAKS.items():
+        if words and all(word in known.lower().replace("-", " ") for word in words):
+            return known, peak
+    raise ValueError(
+        f"device is {name!r}; expected words of one of: {', '.join(_PEAKS)}; take one of those"
+    )
+
+
 def device_peak(device: torch.device) -> Peak | None:
     """The rates of a device; None for CPUs, and for GPUs that are not in the table."""
     if device.type != "cuda":

@@ -14,7 +14,9 @@ _OWN_FILES = re.compile(
     r"config\.json|model.*\.safetensors|model\.safetensors\.index\.json|(byte_)?tokenizer.*|"
     # What transformers, and the export for it, put beside a model.
     r"modeling_transnormer\.py|generation_config\.json|special_tokens_map\.json|"
-    r"added_tokens\.json|chat_template\.jinja|.*\.tiktoken"
+    r"added_tokens\.json|chat_template\.jinja|.*\.tiktoken|"
+    # What exports of a step and cards of models are.
+    r"model\.onnx(\.data)?|state\.npz|README\.md"
 )
 
 

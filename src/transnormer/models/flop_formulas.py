@@ -7,6 +7,7 @@ import torch
 
 # Each defines its ops when it is imported.
 import transnormer.ops.cross_entropy.fused
+import transnormer.ops.joint_attention
 import transnormer.ops.linear_attention.constant_decay
 import transnormer.ops.linear_attention.gated_decay  # noqa: F401
 
@@ -46,6 +47,13 @@ def flop_formulas() -> dict[Any, Formula]:
     def backward(grad_o: Any, grad_final: Any, q: Any, k: Any, v: Any, *rest: Any, **o: Any) -> int:
         return 2 * attention_flops(q, k, v)
 
+    def joint(joint: Any, decay: Any, bounds: Any, head_dim: int, *rest: Any, **o: Any) -> int:
+        each = (joint[0], joint[1], joint[2] // (4 * head_dim), head_dim)
+        return attention_flops(each, each, each)
+
+    def joint_backward(grad: Any, x: Any, o: Any, active: Any, *rest: Any, **options: Any) -> int:
+        return 2 * joint(x, *rest)
+
     def loss(x: Any, weight: Any, labels: Any, **options: Any) -> int:
         return 2 * x[0] * weight[0] * weight[1]
 
@@ -60,6 +68,8 @@ def flop_formulas() -> dict[Any, Formula]:
         ops.linear_cross_entropy: loss,
         ops.linear_cross_entropy_backward: loss_backward,
         ops.linear_cross_entropy_sum: loss_sum,
+        ops.joint_attention: joint,
+        ops.joint_attention_backward: joint_backward,
     }
     for name in _ATTENTION:
         found[getattr(ops, name)] = forward

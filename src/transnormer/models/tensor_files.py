@@ -1,6 +1,8 @@
 """Reading and writing the weight files of a directory: safetensors or .bin, whole or sharded."""
 
 import pickle
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,8 @@ from transnormer.files import read_json, sync, write_json
 SINGLE, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD_BYTES = 5 * 2**30
+# Rows start to end of a tensor that no shard can hold whole, as "embedding.weight[0:8192]".
+_ROWS = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
 
 class StoredTensor(NamedTuple):
@@ -55,11 +59,22 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor], directory: Path, *, shard_bytes: int = SHARD_BYTES
+    tensors: Mapping[str, Tensor],
+    directory: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    cut_rows: bool = False,
 ) -> list[Path]:
     """Write tensors as safetensors, in several files with an index where they exceed shard_bytes.
 
     Every file is on the disk when this returns.
+
+    Args:
+        tensors: by name.
+        directory: where to.
+        shard_bytes: the most of tensors in one file; a larger tensor has a file of its own.
+        cut_rows: cut larger tensors into rows instead. ``read_tensors`` joins them again; other
+            packages do not.
 
     Returns:
         the weight files, without the index.
@@ -67,6 +82,8 @@ def write_tensors(
     Raises:
         OSError: a file cannot be written; it is named.
     """
+    if cut_rows:
+        tensors = _cut(tensors, shard_bytes)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name in sorted(tensors):
@@ -90,6 +107,46 @@ def write_tensors(
             {"metadata": {"total_size": total}, "weight_map": where}, directory / SHARD_INDEX
         )
     return [directory / name for name in names]
+
+
+def _cut(tensors: Mapping[str, Tensor], most: int) -> dict[str, Tensor]:
+    """The same tensors, those of more bytes than ``most`` as groups of rows."""
+    cut = {}
+    for name, tensor in tensors.items():
+        if tensor.nbytes <= most or tensor.dim() == 0:
+            cut[name] = tensor
+            continue
+        rows = max(most * tensor.shape[0] // tensor.nbytes, 1)
+        for start in range(0, tensor.shape[0], rows):
+            part = tensor[start : start + rows]
+            # A slice would share its memory, which one file alone may have.
+            cut[f"{name}[{start}:{start + part.shape[0]}]"] = part.clone()
+    return cut
+
+
+def _joined(found: dict[str, StoredTensor], index: Path) -> dict[str, StoredTensor]:
+    """Tensors whole again that were cut into rows; ValueError where rows are missing."""
+    whole: dict[str, StoredTensor] = {}
+    parts: dict[str, dict[int, tuple[int, StoredTensor]]] = defaultdict(dict)
+    for name, stored in found.items():
+        match = _ROWS.fullmatch(name)
+        if match is None:
+            whole[name] = stored
+        else:
+            parts[match[1]][int(match[2])] = (int(match[3]), stored)
+    for name, rows in parts.items():
+        end, tensors = 0, []
+        for start in sorted(rows):
+            stop, stored = rows[start]
+            if start != end or stop - start != len(stored.tensor):
+                raise ValueError(
+                    f"{index} has the rows {start} to {stop} of {name} behind row {end}; expected "
+                    "each row once; copy the files again"
+                )
+            end = stop
+            tensors.append(stored.tensor)
+        whole[name] = StoredTensor(torch.cat(tensors), rows[0][1].file)
+    return whole
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -155,4 +212,4 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     for tensor, name in where.items():
         if tensor not in found:
             raise ValueError(f"{index.parent / name} lacks {tensor}; expected it, as {index} says")
-    return found
+    return _joined(found, index)

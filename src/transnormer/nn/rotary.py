@@ -14,6 +14,23 @@ from transnormer.ops.lrpe import turns
 Pairs = Literal["halves", "neighbours"]
 
 
+@torch.library.custom_op("transnormer::rotary_table", mutates_args=())
+def rotary_table(positions: Tensor, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x theta, [batch or 1, seq, pairs] each, in dtype; no gradients.
+
+    An op of its own for compiled graphs: a compiler that sees the float64 angles computes them
+    anew for each head of each tensor that turns.
+    """
+    angles = turns(positions, theta, dtype)
+    return angles.cos(), angles.sin()
+
+
+@rotary_table.register_fake
+def _(positions: Tensor, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = turns(positions, theta, dtype)
+    return angles, torch.empty_like(angles)
+
+
 class Rotary(KeepPrecision):
     """Rotates pairs of channels of q and k by position x theta: scores depend on the distance.
 
@@ -115,6 +132,10 @@ class Rotary(KeepPrecision):
         Raises:
             ValueError: several axes, and a shape of other axes or of another number of tokens.
         """
-        angles = self._angles(positions, shape, accumulation_dtype(x[0].dtype))[:, :, None]
-        cos, sin = angles.cos(), angles.sin()
-        return tuple(self._rotated(y, cos, sin) for y in x)
+        dtype = accumulation_dtype(x[0].dtype)
+        if self.axes == 1 and not self.learned and torch.compiler.is_dynamo_compiling():
+            cos, sin = torch.ops.transnormer.rotary_table(positions, self.theta, dtype)
+        else:
+            angles = self._angles(positions, shape, dtype)
+            cos, sin = angles.cos(), angles.sin()
+        return tuple(self._rotated(y, cos[:, :, None], sin[:, :, None]) for y in x)

@@ -1,4 +1,4 @@
-"""One micro-batch's gradient: of the whole batch at once, or segment by segment."""
+"""One micro-batch's gradient: of the whole batch at once, as a graph of it, or by segments."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from transnormer.models.decoder import Decoder
 from transnormer.models.segments import backward_in_segments, check_segments
+from transnormer.train.graphs import GraphedBackward, check_graphed, cuda_capture
 from transnormer.train.objectives import Objective
 from transnormer.train.objectives.base import to_device
 from transnormer.train.precision import autocast_for
@@ -24,8 +25,10 @@ def make_backward(
     device: torch.device,
     precision: str,
     segment_tokens: int | None,
+    *,
+    cuda_graph: bool = False,
 ) -> Backward:
-    """Choose how a run makes its gradients; NotImplementedError where the model refuses segments.
+    """Choose how a run makes its gradients.
 
     Args:
         objective: of the run.
@@ -33,12 +36,17 @@ def make_backward(
         device: where the model is.
         precision: "bfloat16" puts every forward pass under autocast.
         segment_tokens: of the run; None takes every batch whole.
+        cuda_graph: capture whole batches and replay them.
+
+    Raises:
+        NotImplementedError: the model refuses segments.
+        RuntimeError, ValueError: the device or the model cannot be captured.
     """
 
     def context() -> AbstractContextManager[object]:
         return autocast_for(precision, device) or nullcontext()
 
-    def whole(model: Any, batch: Any, divisor: float) -> Tensor:
+    def whole(model: Any, batch: Any, divisor: float | Tensor) -> Tensor:
         with context():
             loss = objective.loss(model, to_device(batch, device))
         (loss / divisor).backward()
@@ -57,6 +65,9 @@ def make_backward(
             context=context,
         )
 
+    if cuda_graph:
+        check_graphed(model, device)
+        return GraphedBackward(whole, model, device, cuda_capture())
     if segment_tokens is None:
         return whole
     assert isinstance(model, Decoder)

@@ -23,14 +23,23 @@ class StepBatches(NamedTuple):
 class Batches:
     """Batches by the global index of their first sample, one step of them ahead."""
 
-    def __init__(self, objective: Objective, samples_per_step: int, samples_per_batch: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        samples_per_step: int,
+        samples_per_batch: int,
+        *,
+        pinned: bool = False,
+    ) -> None:
         """Read an objective.
 
         Args:
             objective: what makes the batches.
             samples_per_step: of all processes.
             samples_per_batch: of one micro-batch, of all processes.
+            pinned: in memory that a GPU reads itself, so that a copy to it waits for nothing.
         """
+        self._pinned = pinned
         self._objective, self._samples = objective, samples_per_batch
         self._parts = samples_per_step // samples_per_batch
         self._ahead: tuple[int, StepBatches] | None = None
@@ -43,8 +52,14 @@ class Batches:
         first = sample // self._samples
         parts = [self._objective.batch(first + i) for i in range(self._parts)]
         counts = [self._objective.counts(part) for part in parts]
+        if self._pinned:
+            parts = [_pin(part) for part in parts]
         return StepBatches(parts, torch.tensor(counts, dtype=torch.float64).sum(0))
 
     def prepare(self, sample: int) -> None:
         """Make the batches that the next ``take`` asks for."""
         self._ahead = (sample, self.take(sample))
+
+
+def _pin(part: Any) -> Any:
+    return type(part)(*(None if x is None else x.pin_memory() for x in part))

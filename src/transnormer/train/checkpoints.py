@@ -18,8 +18,9 @@ from torch import Tensor
 from transnormer.config import Config, validate
 from transnormer.data.tokenizers import Tokenizer
 from transnormer.files import read_json, sha256, sync, write_json
-from transnormer.models.checkpoint import AnyModel, write_weights
+from transnormer.models.checkpoint import AnyModel
 from transnormer.models.random_state import random_state, set_random_state
+from transnormer.train.adapters import write_model
 
 COMPLETE, CHECKPOINTS = "COMPLETE", "checkpoints"
 OPTIMIZER, RANDOM, COUNTERS = "optimizer.safetensors", "random.safetensors", "trainer.json"
@@ -147,7 +148,7 @@ def write_checkpoint(
     try:
         remove_leftovers(run_dir)
         temporary.mkdir(parents=True)
-        write_weights(model, temporary, tokenizer_fingerprint=tokenizer.fingerprint)
+        write_model(model, temporary, tokenizer_fingerprint=tokenizer.fingerprint)
         tokenizer.save(temporary)
         _save(optimizer_state, temporary / OPTIMIZER)
         _save(random_state(), temporary / RANDOM)

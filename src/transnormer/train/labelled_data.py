@@ -23,6 +23,7 @@ from transnormer.data.corpus import DEFAULT_HELDOUT, HELDOUT_NAME
 from transnormer.data.documents import find_files
 from transnormer.data.shards import MANIFEST
 from transnormer.files import atomic_directory, read_json, sha256, write_json
+from transnormer.train.kept_data import check_unchanged
 from transnormer.train.objective_config import ClassificationConfig
 from transnormer.train.recipe import RunConfig
 from transnormer.train.training_data import given_tokenizer
@@ -67,12 +68,7 @@ def open_labelled_data(
         with atomic_directory(folder) as temporary:
             _prepare(config, temporary, tell)
     record = validate(LabelledRecord, read_json(folder / _RECORD), source=str(folder / _RECORD))
-    for name, expected in record.sha256.items():
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise ValueError(
-                f"{folder / name} has changed since the run began; expected the file as it was; "
-                "put it back, or start another run"
-            )
+    check_unchanged(folder, record.sha256)
     parts = {name.split("/")[0] for name in record.sha256}
     return LabelledData(
         load_tokenizer(folder / _TOKENIZER),

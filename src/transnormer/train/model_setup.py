@@ -11,6 +11,7 @@ from transnormer.models.decoder import Decoder
 from transnormer.models.recompute import set_checkpointing
 from transnormer.models.width import Scale, scale_initial_values, width_scales
 from transnormer.optim import Optimizer, build_optimizer
+from transnormer.train.adapters import add_adapters
 from transnormer.train.objectives import Objective
 from transnormer.train.recipe import RunConfig
 from transnormer.train.sync import GradSync
@@ -39,11 +40,16 @@ def set_up(
         scales = width_scales(model, config.optimizer.base_dim)
         if found is None:
             scale_initial_values(model, scales)
+    if config.lora is not None:
+        add_adapters(model, config.lora, config.model.init_from or "")
     dtype = torch.bfloat16 if config.train.weights == "bfloat16" else None
     model = model.to(device, dtype)
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            module.autocast_residual = config.train.residual == "bfloat16"
     set_checkpointing(model, config.train.checkpointing)
     if config.train.compile:
-        compile_blocks(model)
+        compile_blocks(model, activation_memory=config.train.activation_memory)
     model = sync.wrap(model)
     rates = {name: scale.lr for name, scale in scales.items()}
     backend = "inductor" if config.train.compile else None

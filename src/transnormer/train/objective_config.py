@@ -70,6 +70,27 @@ class ClassificationConfig(Config):
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
+class InstructionConfig(Config):
+    """Predict the answers of conversations; `data.path` is JSON lines (data/conversations.py).
+
+    Attributes:
+        template: how a conversation is written: one of `data.chat_template.TEMPLATES`, or the path
+            of a jinja2 file. None is the one beside model.init_from, else "released". It is kept
+            beside the tokenizer of every checkpoint.
+        too_long: what becomes of a conversation of more than data.seq tokens: it is "cut" at its
+            end, or "drop"ped, or an "error" that names its line.
+        split_seed: of the held-out share; the seed of the run does not change it. Lines with the
+            same `group` are on one side.
+    """
+
+    causal: ClassVar[bool | None] = True
+    kind: Literal["instruction"] = "instruction"
+    template: str | None = Field(default=None, min_length=1)
+    too_long: Literal["cut", "drop", "error"] = "cut"
+    split_seed: int = Field(default=0, ge=0)
+
+
 ObjectiveConfig = Annotated[
-    CausalConfig | MaskedConfig | ClassificationConfig, Field(discriminator="kind")
+    CausalConfig | MaskedConfig | ClassificationConfig | InstructionConfig,
+    Field(discriminator="kind"),
 ]

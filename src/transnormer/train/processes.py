@@ -64,10 +64,20 @@ def _refuse(config: RunConfig) -> None:
             config.train.compile and config.parallel.sp > 1,
             "states are exchanged outside of graphs; set it to false, or parallel.sp to 1",
         ),
+        "train.cuda_graph": (
+            config.train.cuda_graph,
+            config.train.cuda_graph,
+            "collectives are not captured; set it to false",
+        ),
         "objective.kind": (
             config.objective.kind,
             config.objective.kind != "causal",
             "only the causal objective's evaluation runs on shared parameters",
+        ),
+        "lora": (
+            config.lora,
+            config.lora is not None,
+            "adapters are not laid out on ranks; leave it out",
         ),
         "optimizer.name": (
             config.optimizer.name,

@@ -8,18 +8,19 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from transnormer.config import Config, apply_overrides, read_toml, validate
-from transnormer.data.documents import EMBEDDED
 from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Block, BlockConfig, DecoderConfig
 from transnormer.optim import OptimizerConfig
 from transnormer.parallel.parallel_config import ParallelConfig
 from transnormer.train.guard import GuardConfig
+from transnormer.train.lora_config import LoraConfig
 from transnormer.train.objective_config import (
     CausalConfig,
     ClassificationConfig,
     ObjectiveConfig,
 )
 from transnormer.train.profiling import ProfileConfig
+from transnormer.train.recipe_checks import check_lines, check_lora
 from transnormer.train.train_config import TrainConfig
 
 _SIZES = ("model_dim", "num_layers", "heads", "glu_dim")
@@ -144,7 +145,9 @@ class ModelConfig(Config):
 
 
 class DataConfig(Config):
-    """The corpus. Classification reads JSON lines at one path, and no weights, epochs or packing.
+    """The corpus.
+
+    Classification and instructions are JSON lines at one path, without weights, epochs and packing.
 
     Attributes:
         path: a file, a glob or a folder of text, a folder that `transnormer tokenize` made, or
@@ -228,6 +231,7 @@ class RunConfig(Config):
     guard: GuardConfig = GuardConfig()
     profile: ProfileConfig = ProfileConfig()
     parallel: ParallelConfig = ParallelConfig()
+    lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _check_batch(self) -> "RunConfig":
@@ -247,16 +251,19 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check_objective(self) -> "RunConfig":
-        if self.train.segment_tokens is not None and self.objective.kind != "causal":
+        onward = self.objective.kind in ("causal", "instruction")
+        if self.train.segment_tokens is not None and not onward:
             raise ValueError(
                 f"train.segment_tokens is {self.train.segment_tokens}; expected it unset for "
-                f"objective.kind = {self.objective.kind!r}: only the causal objective reads a "
+                f"objective.kind = {self.objective.kind!r}: only a causal model reads a "
                 "sequence from its beginning to its end; leave it out"
             )
+        if self.train.cuda_graph:
+            self._check_graph()
         if self.model.init_from is None:
             self.check_model()
-        if isinstance(self.objective, ClassificationConfig):
-            self._check_classification(self.objective)
+        check_lines(self)
+        check_lora(self)
         half = (self.optimizer.states, self.train.precision) == ("bfloat16", "bfloat16")
         if self.train.weights == "bfloat16" and not half:
             raise ValueError(
@@ -270,32 +277,17 @@ class RunConfig(Config):
             )
         return self
 
-    def _check_classification(self, objective: ClassificationConfig) -> None:
-        """Raise ValueError for keys that mean nothing where texts have a class each."""
-        fixed = {
-            "data.packing": (self.data.packing, "stream"),
-            "data.weights": (self.data.weights, None),
-            "data.epochs": (self.data.epochs, None),
-            "train.eval_bytes": (self.train.eval_bytes, 0),
-            "model.tie_embeddings": (self.model.tie_embeddings, None),
-            "optimizer.base_dim": (self.optimizer.base_dim, None),
-        }
-        for key, (value, only) in fixed.items():
+    def _check_graph(self) -> None:
+        """Raise ValueError for what makes one step's tensors another's in size."""
+        for key, value, only in (
+            ("objective.kind", self.objective.kind, "causal"),
+            ("data.packing", self.data.packing, "stream"),
+        ):
             if value != only:
                 raise ValueError(
-                    f"{key} is {value}; expected it unset: it means nothing to objective.kind = "
-                    "'classification'; leave it out"
+                    f"train.cuda_graph is true with {key} = {value!r}; expected {only!r}: a graph "
+                    "is captured for tensors of one size; leave train.cuda_graph out"
                 )
-        if self.data.seq < 2:
-            raise ValueError(
-                f"data.seq is {self.data.seq}; expected at least 2: a start token and a text"
-            )
-        if len(self.data.paths) > 1 or self.data.paths[0] == EMBEDDED:
-            raise ValueError(
-                f"data.path is {self.data.path!r}; expected one path of JSON lines with "
-                f"{objective.text_field!r} and {objective.label_field!r} for objective.kind = "
-                "'classification'"
-            )
 
     def check_model(self) -> None:
         """Raise ValueError where the objective cannot train a model of this causality."""

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from transnormer.config import Config
 from transnormer.models.recompute import Checkpointing
@@ -24,6 +24,9 @@ class TrainConfig(Config):
         weights: what parameters and their gradients are kept in. `bfloat16` halves both, and wants
             `optimizer.states` and `precision` to be bfloat16 too: updates are then rounded
             stochastically, none is lost.
+        residual: what the sum that runs through the blocks is kept in. `bfloat16` halves its bytes
+            and wants `precision` to be bfloat16, under which all that is added to it is; `float32`
+            leaves it in the embedding's dtype.
         micro_batch: samples in one forward pass, whose gradients add up; None is all of a step.
         segment_tokens: tokens of a row whose activations exist at once: the gradient of the whole
             row is made segment by segment, exactly (models/segments.py). None is all of them.
@@ -31,6 +34,11 @@ class TrainConfig(Config):
             again, or their inputs alone (models/recompute.py).
         compile: compile the blocks, each kind once (models/compilation.py), and the update of
             bfloat16 moments; evaluations stay uncompiled.
+        activation_memory: with `compile` and without `checkpointing`, the share of the activations
+            that blocks keep; less is computed again, cheapest first (models/compilation.py).
+        cuda_graph: capture the forward and backward pass of a micro-batch once and replay it, so
+            that the host launches nothing in between; for a GPU alone, one process, rows of one
+            length (train/graphs.py).
         max_minutes: stop after the step in which the run's own time exceeds it (over all its
             resumptions). The schedule is by steps and is cut off.
         device: `auto` is the first GPU, or the CPU where there is none.
@@ -45,9 +53,32 @@ class TrainConfig(Config):
     keep_last: int = Field(default=2, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     weights: Literal["float32", "bfloat16"] = "float32"
+    residual: Literal["float32", "bfloat16"] = "float32"
     micro_batch: int | None = Field(default=None, ge=1)
     segment_tokens: int | None = Field(default=None, ge=1)
     checkpointing: Checkpointing = "none"
     compile: bool = False
+    activation_memory: float = Field(default=1.0, gt=0, le=1)
+    cuda_graph: bool = False
     max_minutes: float | None = Field(default=None, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.residual == "bfloat16" and self.precision != "bfloat16":
+            raise ValueError(
+                f"residual is 'bfloat16' beside precision {self.precision!r}; expected 'bfloat16' "
+                "there too: autocast brings what is added to it into that dtype"
+            )
+        if self.activation_memory < 1 and (not self.compile or self.checkpointing != "none"):
+            raise ValueError(
+                f"activation_memory is {self.activation_memory} with compile {self.compile} and "
+                f"checkpointing {self.checkpointing!r}; expected 1 unless compile is true and "
+                "checkpointing 'none': the compiler's choice is one, checkpointing another"
+            )
+        if self.cuda_graph and self.segment_tokens is not None:
+            raise ValueError(
+                f"cuda_graph is true beside segment_tokens, {self.segment_tokens}; expected one of "
+                "the two: segments are planned on the host; leave one out"
+            )
+        return self

@@ -12,6 +12,7 @@ from torch import Tensor
 from transnormer.models import checkpoint
 from transnormer.models.device_peaks import device_peak
 from transnormer.train import checkpoints
+from transnormer.train.adapters import BASE, describe_size, read_weights
 from transnormer.train.allocator import keep_freed_memory
 from transnormer.train.checkpoints import Counters
 from transnormer.train.divergence import check_finite, check_parameters
@@ -42,11 +43,7 @@ from transnormer.train.processes import (
 )
 from transnormer.train.profiling import ProfileConfig, StepProfiler
 from transnormer.train.recipe import RunConfig
-from transnormer.train.run_directory import (
-    DATA,
-    disk_errors_in_one_line,
-    write_config,
-)
+from transnormer.train.run_directory import DATA, disk_errors_in_one_line, write_config
 from transnormer.train.signals import SignalName, Stop, stop_requests, termination_raises
 from transnormer.train.sync import GradSync
 from transnormer.train.update import Updater
@@ -183,8 +180,7 @@ class Trainer:
         }
         self.sync.from_first(lambda: write_config(self.run_dir, self.config, resolved))
         self.progress.message(
-            f"{self.model.num_parameters():,} parameters on {self.device} in "
-            f"{self.counters.precision}"
+            f"{describe_size(self.model)} on {self.device} in {self.counters.precision}"
         )
         # Last: nothing fails while its files are open and nobody closes them.
         first = self.sync.is_first
@@ -212,7 +208,7 @@ class Trainer:
             )
         # Copied into the fresh model: where a tensor lies in memory can change the last bit of a
         # product, and a run from step 0 has its weights in memory of this kind.
-        weights = checkpoint.load_any(path, device=self.device).state_dict()
+        weights = read_weights(path, self.run_dir / DATA / BASE, device=self.device)
         states = checkpoints.read_optimizer(path)
         self.sync.load(self.model, self.optimizer, weights, states)
         checkpoints.restore_random_state(path)

@@ -40,6 +40,24 @@ class Update(NamedTuple):
     next_sample: int
 
 
+class _Figures:
+    """Numbers on their way from the device, which goes on with what follows them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Wait for them alone."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
 class Updater:
     """Makes the updates of a run; the host waits for the device once in each."""
 
@@ -56,10 +74,20 @@ class Updater:
         self._config, self._objective, self._sync = config, objective, sync
         self._model, self._optimizer, self._guard = model, optimizer, guard
         self._device = next(model.parameters()).device
-        segment_tokens = config.train.segment_tokens
-        self._backward = make_backward(objective, model, self._device, precision, segment_tokens)
+        train = config.train
+        self._backward = make_backward(
+            objective,
+            model,
+            self._device,
+            precision,
+            train.segment_tokens,
+            cuda_graph=train.cuda_graph,
+        )
         self._batches = Batches(
-            objective, config.samples_per_step, config.batch_over(sync.world_size)
+            objective,
+            config.samples_per_step,
+            config.batch_over(sync.world_size),
+            pinned=self._device.type == "cuda",
         )
 
     def update(self, done: Counters) -> Update:
@@ -78,16 +106,17 @@ class Updater:
         if done.step + 1 < config.train.steps:
             # Before the figures are waited for: the device is still at work on this step.
             self._batches.prepare(next_sample)
-        figures = torch.cat([sync.total(nats.reshape(1)), norm.reshape(1).to(nats.dtype)])
-        total, grad_norm = figures.tolist()
+        figures = _Figures(torch.cat([sync.total(nats.reshape(1)), norm.reshape(1).to(nats.dtype)]))
+        lr = config.optimizer.lr_at(done.step, config.train.steps)
+        if not self._guard.drops:
+            # Launched while the device is at work on the gradients; while it is at work on this, the
+            # host reads the figures, which left before, and launches the next step.
+            self._change_weights(norm, lr)
+        total, grad_norm = figures.read()
         loss = total / max(labels, 1.0)
         spike = self._guard.judge(loss, grad_norm, done.step + 1)
-        lr = config.optimizer.lr_at(done.step, config.train.steps)
-        if spike is None:
-            if config.optimizer.clip:
-                sync.clip(self._model, config.optimizer.clip, norm)
-            self._optimizer.set_lr(lr)
-            self._optimizer.step()
+        if self._guard.drops and spike is None:
+            self._change_weights(norm, lr)
         self._optimizer.zero_grad()
         if spike is None:
             sync.after_step(self._model, done.step + 1)
@@ -102,6 +131,13 @@ class Updater:
             spike=spike,
             next_sample=next_sample,
         )
+
+    def _change_weights(self, norm: Tensor, lr: float) -> None:
+        """Clip the gradients to the norm that they have, and make the optimizer's update."""
+        if self._config.optimizer.clip:
+            self._sync.clip(self._model, self._config.optimizer.clip, norm)
+        self._optimizer.set_lr(lr)
+        self._optimizer.step()
 
     def _gradients(self, parts: Sequence[Any], labels: float) -> Tensor:
         """Add up the gradients of the micro-batches; return their summed loss in nats, float64.

@@ -64,3 +64,8 @@ def test_fitting_in_parts_changes_nothing() -> None:
 def test_nothing_is_scored_as_nothing() -> None:
     assert NgramScorer(3).fit(["abc"]).score(["", "!"])[0] == (0.0, 0.0)
     assert NgramScorer(3).score(["abc"])[0] == (0.0, 0.0)
+
+
+def test_a_text_shorter_than_the_longest_run_is_scored() -> None:
+    scorer = NgramScorer(6, table_bits=12).fit([grammar(1)])
+    assert all(score.bits_per_byte > 0 for score in scorer.score(["a", "abc", "abcd"]))

@@ -19,9 +19,9 @@ they has but he she you we been were their its will would there if can when
 """
 _ENGLISH = frozenset(_ENGLISH_WORDS.split())
 _WORD = re.compile(r"[^\W\d_]+")
-_HAN = re.compile("[\u3400-\u9fff\U00020000-\U000323af]")
-_KANA = re.compile("[\u3040-\u30ff]")
-_HANGUL = re.compile("[\uac00-\ud7af]")
+_HAN = re.compile("[\u3400-\u9fff\U00020000-\U000323af]+")
+_KANA = re.compile("[\u3040-\u30ff]+")
+_HANGUL = re.compile("[\uac00-\ud7af]+")
 
 
 @cache
@@ -36,17 +36,20 @@ def identify(text: str) -> str:
     """
     start = max(0, (len(text) - _SAMPLE) // 2)
     sample = text[start : start + _SAMPLE]
-    words = _WORD.findall(sample.lower())
+    words = _WORD.findall(sample)
     if not words:
         return UNKNOWN
-    letters = sum(map(len, words))
-    han, kana = len(_HAN.findall(sample)), len(_KANA.findall(sample))
-    if kana > 0.1 * letters:
-        return "ja"
-    if len(_HANGUL.findall(sample)) > 0.3 * letters:
-        return "ko"
-    if han > 0.3 * letters:
-        return "zh"
-    if sum(word in _ENGLISH for word in words) > _ENGLISH_SHARE * len(words):
+    if not sample.isascii():
+        letters = sum(map(len, words))
+        han, kana, hangul = (
+            len(sample) - len(script.sub("", sample)) for script in (_HAN, _KANA, _HANGUL)
+        )
+        if kana > 0.1 * letters:
+            return "ja"
+        if hangul > 0.3 * letters:
+            return "ko"
+        if han > 0.3 * letters:
+            return "zh"
+    if sum(word.lower() in _ENGLISH for word in words) > _ENGLISH_SHARE * len(words):
         return "en"
     return _identifier().classify(sample[:600])[0]

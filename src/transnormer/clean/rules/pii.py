@@ -79,18 +79,26 @@ class _Rule(NamedTuple):
     kind: str
     pattern: re.Pattern[str]
     check: Callable[[str], bool]
+    # What a string of digits and signs needs for the rule to be tried: digits, and signs among
+    # which one must stand so many times.
+    digits: int = 0
+    sign: str = ""
+    signs: int = 0
 
 
 # Numbers are looked for around strings of digits only: a search of the whole text costs ten times
 # as much.
 _DIGITS = re.compile(r"\d[\d ().:/-]{5,}")
-_BEFORE, _BEHIND = 40, 40
-# Of finds that begin at the same place the first kind of this order counts.
+_SIGNS = str.maketrans("", "", " ().:/-")
+# Letters stand among the digits of an IBAN: it is looked for this far around.
+_AROUND = 40
+_IBAN_HEAD = re.compile(r"[A-Z]{2}\d\d")
+_IBAN = _Rule(
+    "iban", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban
+)
+# The others lie within the string, but for one sign before it and one letter behind.
 _NUMBERS = (
-    _Rule(
-        "iban", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"), _iban
-    ),
-    _Rule("cn_id", re.compile(r"(?<![\w.-])\d{17}[\dXx](?![\w-])"), _chinese_id),
+    _Rule("cn_id", re.compile(r"(?<![\w.-])\d{17}[\dXx](?![\w-])"), _chinese_id, 17),
     _Rule(
         "credit_card",
         re.compile(
@@ -98,11 +106,15 @@ _NUMBERS = (
             r"|3\d{3}[ -]\d{6}[ -]\d{5})(?![\w-])"
         ),
         _card,
+        13,
     ),
     _Rule(
         "ssn",
         re.compile(r"(?<![\w-])(?!000|666)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])"),
         _always,
+        9,
+        "-",
+        2,
     ),
     _Rule(
         "phone",
@@ -112,9 +124,19 @@ _NUMBERS = (
             r"|1[3-9]\d{9})(?![\w-]|\.\d)"
         ),
         _always,
+        10,
     ),
-    _Rule("ip", re.compile(r"(?<![\w.:/-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)"), _address),
+    _Rule(
+        "ip",
+        re.compile(r"(?<![\w.:/-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)"),
+        _address,
+        4,
+        ".",
+        3,
+    ),
 )
+# With the sign of a country before it a number of so many digits may be a phone's.
+_WITH_PLUS = 5
 # (a pattern that must be found for the rule to be tried, the rule)
 _OTHERS = (
     (
@@ -149,7 +171,10 @@ _OTHERS = (
         ),
     ),
 )
-_ORDER = {rule.kind: place for place, rule in enumerate((*_NUMBERS, *(r for _, r in _OTHERS)))}
+# Of finds that begin at the same place the first kind of this order counts.
+_ORDER = {
+    rule.kind: place for place, rule in enumerate((_IBAN, *_NUMBERS, *(r for _, r in _OTHERS)))
+}
 
 
 def find_pii(text: str) -> list[Span]:
@@ -164,10 +189,17 @@ def find_pii(text: str) -> list[Span]:
     for guard, rule in _OTHERS:
         if guard.search(text):
             take(rule, 0, len(text))
-    for digits in _DIGITS.finditer(text):
-        start, end = max(0, digits.start() - _BEFORE), digits.end() + _BEHIND
+    for found in _DIGITS.finditer(text):
+        start, end = found.span()
+        before, behind = max(0, start - _AROUND), min(len(text), end + _AROUND)
+        if _IBAN_HEAD.search(text, before, behind):
+            take(_IBAN, before, behind)
+        digits = len(found[0].translate(_SIGNS))
+        plus = start > 0 and text[start - 1] == "+" and digits >= _WITH_PLUS
         for rule in _NUMBERS:
-            take(rule, start, min(end, len(text)))
+            enough = digits >= rule.digits or (plus and rule.kind == "phone")
+            if enough and (not rule.signs or found[0].count(rule.sign) >= rule.signs):
+                take(rule, max(0, start - 1), min(len(text), end + 2))
     spans: list[Span] = []
     for span in sorted(taken, key=lambda span: (span.start, _ORDER[span.kind], -span.end)):
         if not spans or span.start >= spans[-1].end:

@@ -10,11 +10,11 @@ their digits only), `min_letters`, `max_url_share` and `max_garbled`.
 
 import re
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-from transnormer.clean.words import Words, code_points, shingles, split_words
+from transnormer.clean.words import Words, code_points, is_digit, shingles, split_codes
 from transnormer.config import Config
 
 _STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
@@ -33,7 +33,6 @@ _UNPLAUSIBLE = re.compile(
     r"|\w*?[a-z][A-Z]{2,}[a-z]+[A-Z]"
 )
 _DIGITS = re.compile(r"\d+|\b[0-9a-f]*\d[0-9a-f]*\b")
-_DIGIT = re.compile(r"\d")
 _LETTERS = re.compile(r"[^\W\d_]")
 _ROWS = 8
 _WINDOW = 100
@@ -103,6 +102,12 @@ class Quality(Config):
     max_garbled: float | None = None
 
 
+@lru_cache(maxsize=1 << 16)
+def _unplausible_length(word: str) -> int:
+    """Characters of a string that no language has as a word; 0 of a word."""
+    return len(word) if _UNPLAUSIBLE.match(word) else 0
+
+
 class Measures:
     """What the rules look at, each measured when it is first asked for."""
 
@@ -110,14 +115,27 @@ class Measures:
         self.text = text
 
     @cached_property
+    def codes(self) -> np.ndarray:
+        """Code points, uint32 [characters]."""
+        return code_points(self.text)
+
+    @cached_property
     def words(self) -> Words:
         """Words as `clean.words` splits them."""
-        return split_words(self.text)
+        return split_codes(self.codes)
 
     @cached_property
     def lines(self) -> list[str]:
         """Lines that are not blank, without the spaces around them."""
         return [line for line in map(str.strip, self.text.split("\n")) if line]
+
+    @cached_property
+    def with_digits(self) -> np.ndarray:
+        """Numbers of the lines, blank ones counted, that hold a digit, int64 [lines]."""
+        digits = np.flatnonzero(is_digit(self.codes))
+        if not len(digits):
+            return digits
+        return np.unique(np.searchsorted(np.flatnonzero(self.codes == ord("\n")), digits))
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -180,8 +198,9 @@ class Measures:
             middle = len(text) // 2
             share = 3 * _SAMPLED / len(text)
             text = " ".join((text[:_SAMPLED], text[middle : middle + _SAMPLED], text[-_SAMPLED:]))
-        strange = (len(word) for word in _LATIN.findall(text) if _UNPLAUSIBLE.match(word))
-        return sum(strange) / max(1.0, share * int(self.words.lengths.sum()))
+        return sum(map(_unplausible_length, _LATIN.findall(text))) / max(
+            1.0, share * int(self.words.lengths.sum())
+        )
 
     def distinct_words(self) -> float:
         """Different words in windows of 100, mean share; 1 for less than one window."""
@@ -193,17 +212,18 @@ class Measures:
 
     def template_lines(self) -> float:
         """Share of lines that equal an earlier one but for their digits."""
-        with_digits = [line for line in self.lines if _DIGIT.search(line)]
-        if len(with_digits) < _ROWS:
+        if len(self.with_digits) < _ROWS:
             return 0.0
-        shapes = Counter(_DIGITS.sub("0", line) for line in with_digits)
+        lines = self.text.split("\n")
+        shapes = Counter(_DIGITS.sub("0", lines[number].strip()) for number in self.with_digits)
         return self.share_of_lines(sum(count - 1 for count in shapes.values()))
 
     def letters(self) -> float:
         """Share of letters in the characters that are no spaces."""
-        codes = code_points(self.text)
+        codes = self.codes
         solid = np.count_nonzero(codes > ord(" "))
-        digits = np.count_nonzero((codes >= ord("0")) & (codes <= ord("9")))
+        # Below the zero the difference wraps around.
+        digits = np.count_nonzero(codes - np.uint32(ord("0")) <= 9)
         return (int(self.words.lengths.sum()) - digits) / solid if solid else 0.0
 
 
@@ -286,7 +306,13 @@ def _line_rules(m: Measures, limits: Quality, language: str) -> str | None:
     limit = limits.max_newlines_per_word
     if limit is not None and m.text.count("\n") > limit * max(1, m.num_words):
         return "max_newlines_per_word"
-    if limits.max_template_lines is not None and m.template_lines() > limits.max_template_lines:
+    limit = limits.max_template_lines
+    # The lines that could be of a template are counted first: most texts have few.
+    if (
+        limit is not None
+        and m.share_of_lines(len(m.with_digits)) > limit
+        and m.template_lines() > limit
+    ):
         return "max_template_lines"
     return None
 

@@ -8,6 +8,7 @@ unlikely. A round drops at most a share of the documents, the most severe first.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
-import orjson
 
 from transnormer.clean.arrays import save_arrays
 from transnormer.clean.config import SelfCleanConfig
@@ -100,7 +100,7 @@ def run_rounds(
             ).run()
             # Beside the manifest and before it: with the scores other thresholds can be tried.
             save_arrays(path.with_suffix(".npz"), **arrays)
-            write_atomic(path, orjson.dumps(made, option=orjson.OPT_INDENT_2))
+            write_atomic(path, json.dumps(made, indent=1, ensure_ascii=False).encode("utf-8"))
         manifest = read_json(path)
         for entry in manifest["dropped"]:
             gone[entry["number"]] = {

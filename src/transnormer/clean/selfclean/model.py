@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,18 @@ from transnormer.train.trainer import run_training
 _NEAR, _MOST = 16, 4096
 
 
+class _Reading(NamedTuple):
+    """How much is read at once: rows of whole texts, their chunk, and rows of pieces."""
+
+    rows: int
+    chunk: int | None
+    near_rows: int
+
+
+# A small model on a GPU waits for its launches unless it reads much at a time.
+_NARROW, _WIDE = _Reading(8, None, 64), _Reading(64, 256, 1024)
+
+
 class ModelScorer:
     """Trains a run's model on the texts, and scores with it.
 
@@ -26,9 +39,9 @@ class ModelScorer:
     the piece of 16 tokens that it stands in, in bits a byte.
     """
 
-    def __init__(self, run: Path, directory: Path) -> None:
-        """run: TOML of a training run; directory: for the texts and the run."""
-        self._run, self._directory = run, directory
+    def __init__(self, run: Path, directory: Path, settings: Sequence[str] = ()) -> None:
+        """run: TOML of a training run; directory: for the texts and the run; settings: key=value."""
+        self._run, self._directory, self._settings = run, directory, settings
 
     def fit(self, texts: Iterable[str]) -> "ModelScorer":
         """Train; a run that was interrupted goes on."""
@@ -37,11 +50,13 @@ class ModelScorer:
         with corpus.open("w", encoding="utf-8") as stream:
             for text in texts:
                 stream.write(json.dumps({"text": text}) + "\n")
-        config = read_run(self._run, [f'data.path="{corpus}"', f'output.dir="{target}"'])
+        places = [f'data.path="{corpus}"', f'output.dir="{target}"']
+        config = read_run(self._run, [*self._settings, *places])
         result = run_training(config, resume=target.exists())
         corpus.unlink()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = checkpoint.load(result.checkpoint, device=device)
+        self._reading = _WIDE if device == "cuda" else _NARROW
         file = checkpoint.find_tokenizer(result.checkpoint)
         if file is None:
             raise ValueError(f"{result.checkpoint} has no tokenizer; expected one beside the model")
@@ -53,10 +68,11 @@ class ModelScorer:
         wanted = [number for number, text in enumerate(texts) if text]
         ids = [found[:_MOST] for found in self._tokenizer.encode_batch([texts[n] for n in wanted])]
         first = begin_id(self._model, self._tokenizer)
-        whole = score_tokens(self._model, ids, first_id=first)
+        rows, chunk, near_rows = self._reading
+        whole = score_tokens(self._model, ids, first_id=first, rows=rows, chunk=chunk)
         pieces = [[row[at : at + _NEAR] for at in range(0, len(row), _NEAR)] for row in ids]
         flat = [piece for row in pieces for piece in row]
-        near = iter(score_tokens(self._model, flat, first_id=first, rows=64))
+        near = iter(score_tokens(self._model, flat, first_id=first, rows=near_rows))
         result = [Scores(0.0, 0.0)] * len(texts)
         for number, row, full, cut in zip(wanted, ids, whole, pieces, strict=True):
             scored = self._tokenizer.decode(row)

@@ -83,7 +83,7 @@ class NgramScorer:
         total = np.zeros(len(data), dtype=np.uint64)
         values = data.astype(np.uint64) + np.uint64(1)
         for length in range(self._order):
-            total[length:] += values[: len(data) - length] * self._weights[length]
+            total[length:] += values[: max(0, len(data) - length)] * self._weights[length]
             yield self._cell(total + np.uint64(length))
 
     def _bits(self, data: bytes) -> float:

@@ -11,11 +11,12 @@ from datatrove.pipeline.base import PipelineStep
 from transnormer.clean.config import SelfCleanConfig
 from transnormer.clean.index import Index, unit_name
 from transnormer.clean.item import Item
+from transnormer.clean.pieces import cut, cuts_path
 from transnormer.clean.selfclean import review
 from transnormer.clean.selfclean.loop import Scorer, Text, run_rounds
 from transnormer.clean.selfclean.ngram import NgramScorer
 from transnormer.clean.tally import source_of
-from transnormer.files import write_atomic
+from transnormer.files import read_json, write_atomic
 
 SHEET = "review.csv"
 
@@ -34,8 +35,11 @@ class SelfClean(PipelineStep):
         units: int,
         config: SelfCleanConfig,
         output: Path,
+        cuts: Path | None = None,
     ) -> None:
+        """cuts: FindPieces', whose parts are gone before a document is scored."""
         super().__init__()
+        self._cuts = cuts
         self._indexed, self._found, self._target = indexed, found, target
         self._units, self._config, self._output = units, config, output
 
@@ -46,7 +50,8 @@ class SelfClean(PipelineStep):
             orjson.loads((self._found / f"{unit_name(unit)}.json").read_bytes())
             for unit in range(self._units)
         ]
-        left = _Left(index, removed)
+        cuts = [read_json(cuts_path(self._cuts, unit)) for unit in range(self._units) if self._cuts]
+        left = _Left(index, removed, cuts)
         gone = run_rounds(left, self._config, self._scorer, self._target)
         self._write_sheet(left, gone)
         for number, why in gone.items():
@@ -90,8 +95,15 @@ class SelfClean(PipelineStep):
 class _Left:
     """The documents that no earlier stage removed."""
 
-    def __init__(self, index: Index, removed: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, index: Index, removed: list[dict[str, Any]], cuts: list[dict[str, Any]]
+    ) -> None:
         self._index = index
+        self._cuts = {
+            int(index.starts[unit]) + int(place): parts
+            for unit, found in enumerate(cuts)
+            for place, parts in found.items()
+        }
         self._removed = {
             int(index.starts[unit]) + int(place)
             for unit, whys in enumerate(removed)
@@ -102,6 +114,8 @@ class _Left:
         """Yield them in their order."""
         for number, item in enumerate(self._index.items()):
             if number not in self._removed:
+                if number in self._cuts:
+                    cut(item, self._cuts[number])
                 yield Text(number, item.id, item.text, source_of(item), item.language)
 
 

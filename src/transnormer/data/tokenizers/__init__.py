@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transnormer.data.tokenizers import bpe, byte, sentencepiece, tiktoken
 from transnormer.data.tokenizers.base import (
+    CHAT_TEMPLATE,
     TableTokenizer,
     Tokenizer,
     start_id,
@@ -14,6 +15,7 @@ from transnormer.data.tokenizers.byte import ByteTokenizer
 from transnormer.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from transnormer.data.tokenizers.stream import StreamDecoder
 from transnormer.data.tokenizers.tiktoken import TiktokenTokenizer
+from transnormer.files import read_json
 
 __all__ = [
     "BpeTokenizer",
@@ -25,6 +27,7 @@ __all__ = [
     "Tokenizer",
     "find_tokenizer_file",
     "load_tokenizer",
+    "read_template",
     "start_id",
     "token_lengths",
     "train_bpe",
@@ -50,8 +53,27 @@ def find_tokenizer_file(directory: Path) -> Path | None:
     return ranks[0] if ranks else None
 
 
+def read_template(directory: Path) -> str | None:
+    """Return the chat template of a directory, None where there is none.
+
+    It is chat_template.jinja, or chat_template in tokenizer_config.json where that is one template.
+
+    Raises ValueError for a file that is not UTF-8 or not JSON.
+    """
+    template, table = directory / CHAT_TEMPLATE, directory / "tokenizer_config.json"
+    if template.is_file():
+        try:
+            return template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{template} is not UTF-8 ({error.reason}); expected a template; convert it"
+            ) from None
+    found = read_json(table).get("chat_template") if table.is_file() else None
+    return found if isinstance(found, str) else None
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load a tokenizer.
+    """Load a tokenizer, with the chat template beside its file (chat_template.jinja).
 
     Args:
         source: "bytes", a directory that holds tokenizer files, or one file: tokenizer.json,
@@ -76,6 +98,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
                 f"{source} holds no tokenizer; expected one of {', '.join(_FILE_NAMES)}"
             )
     assert path is not None
+    tokenizer = _load_file(path)
+    tokenizer.chat_template = read_template(path.parent)
+    return tokenizer
+
+
+def _load_file(path: Path) -> Tokenizer:
     if path.name == byte.FILE_NAME:
         return ByteTokenizer.from_file(path)
     if path.suffix == ".json":

@@ -6,11 +6,15 @@ that normaliser. Ids of text that the normaliser leaves alone are the same as wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from transnormer.files import write_atomic
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @runtime_checkable
@@ -23,6 +27,10 @@ class Tokenizer(Protocol):
         fingerprint: sha256 of the tokenizer's canonical bytes, 64 hex digits.
         prefix: bytes that encode puts before any text and decode takes away again (the space that
             SentencePiece calls dummy prefix); they count neither as text nor as scored bytes.
+        special_tokens: names of the tokens that stand for no text, and their ids.
+        markers: names of tokens that ``encode`` finds in a text, though no merge leads to them.
+        chat_template: how a conversation is written, in Jinja (see ``data.chat``); None where
+            nothing says. It is kept beside the tokenizer and is no part of the fingerprint.
     """
 
     vocab_size: int
@@ -31,6 +39,9 @@ class Tokenizer(Protocol):
     pad_id: int | None
     fingerprint: str
     prefix: bytes
+    special_tokens: Mapping[str, int]
+    markers: frozenset[str]
+    chat_template: str | None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; no special token is added or recognised in the text."""
@@ -38,6 +49,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return encode(text) of every text."""
+        ...
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that stands behind other text, so without the prefix."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -63,6 +78,9 @@ class TableTokenizer(ABC):
     eos_id: int | None = None
     pad_id: int | None = None
     prefix: bytes = b""
+    special_tokens: Mapping[str, int] = {}
+    markers: frozenset[str] = frozenset()
+    chat_template: str | None = None
 
     def __init__(self, table: Sequence[bytes], fingerprint: str, name: str) -> None:
         """Keep the byte string of every id, the fingerprint, and a name for messages."""
@@ -73,11 +91,17 @@ class TableTokenizer(ABC):
 
     @abstractmethod
     def _cut(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, the prefix included; texts are not empty."""
+        """Return the ids of each text, which begins with the prefix; texts are not empty."""
 
     @abstractmethod
+    def _write(self, directory: Path) -> None:
+        """Write the vocabulary's files."""
+
     def save(self, directory: Path) -> None:
-        """Write the files that load_tokenizer(directory) reads."""
+        """Write the files that load_tokenizer(directory) reads, the chat template among them."""
+        self._write(Path(directory))
+        if self.chat_template is not None:
+            write_atomic(Path(directory) / CHAT_TEMPLATE, self.chat_template.encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text.
@@ -91,12 +115,19 @@ class TableTokenizer(ABC):
         """Return encode(text) of every text."""
         if isinstance(texts, str):
             raise TypeError("texts is a str; expected a sequence of str; use encode for one text")
+        return self._encode(texts, self.prefix)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a text that stands behind other text, so without the prefix."""
+        return self._encode([text], b"")[0]
+
+    def _encode(self, texts: Sequence[str], prefix: bytes) -> list[list[int]]:
         encoded = [_utf8(text) for text in texts]
-        filled = [text for text in texts if text]
+        filled = [prefix.decode() + text for text in texts if text]
         cut = iter(self._cut(filled) if filled else [])
         results = [next(cut) if text else [] for text in texts]
         for ids, data in zip(results, encoded, strict=True):
-            if data and b"".join([self._table[i] for i in ids]) != self.prefix + data:
+            if data and b"".join([self._table[i] for i in ids]) != prefix + data:
                 self._refuse(ids, data)
         return results
 

@@ -70,6 +70,9 @@ class BpeTokenizer(TableTokenizer):
         self._names = names or {}
         self.bos_id, self.eos_id, self.pad_id = (self._find(p) for p in ("bos", "eos", "pad"))
         self._bytes = {} if self._byte_level else self._byte_ids()
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: i for i, token in added if token.special}
+        self.markers = frozenset(token.content for _, token in added if not token.special)
 
     def _find(self, part: str) -> int | None:
         named = self._names.get(part)
@@ -86,18 +89,16 @@ class BpeTokenizer(TableTokenizer):
         return {value: token_id for value, token_id in found.items() if token_id is not None}
 
     def _cut(self, texts: Sequence[str]) -> list[list[int]]:
-        given = [self.prefix.decode() + text for text in texts]
         if self._byte_level:
-            return self._encode_raw(given)
-        return cut_pieces(given, self._encode_raw, self._bytes, escape=True)
+            return self._encode_raw(texts)
+        return cut_pieces(texts, self._encode_raw, self._bytes, escape=True)
 
     def _encode_raw(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def save(self, directory: Path) -> None:
+    def _write(self, directory: Path) -> None:
         """Write tokenizer.json, and tokenizer_config.json with the names of the special tokens."""
-        directory = Path(directory)
         write_atomic(directory / FILE_NAME, self._content.encode("utf-8"))
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
         roles = {

@@ -17,6 +17,7 @@ class ByteTokenizer(TableTokenizer):
     """UTF-8 bytes as ids 0 to 255, then <pad> 256, <s> 257, </s> 258: vocab_size is 259."""
 
     pad_id, bos_id, eos_id = _SPECIALS.values()
+    special_tokens = _SPECIALS
 
     def __init__(self) -> None:
         """Build the tokenizer; there is only one."""
@@ -26,9 +27,8 @@ class ByteTokenizer(TableTokenizer):
     def _cut(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
 
-    def save(self, directory: Path) -> None:
-        """Write byte_tokenizer.json."""
-        write_atomic(Path(directory) / FILE_NAME, _canonical())
+    def _write(self, directory: Path) -> None:
+        write_atomic(directory / FILE_NAME, _canonical())
 
     @classmethod
     def from_file(cls, path: Path) -> "ByteTokenizer":

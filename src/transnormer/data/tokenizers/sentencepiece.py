@@ -15,6 +15,8 @@ FILE_NAME = "tokenizer.model"
 _TRAINER, _NORMALIZER = 2, 3
 _CHARSMAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE = 2, 3, 4, 5
 _SUFFIX_SPACE = 24
+# ModelProto.pieces is field 1; in a piece the text is field 1 and the type field 3.
+_PIECE, _TEXT, _TYPE, _USER_DEFINED = 1, 1, 3, 4
 # A second normalizer_spec after the first is merged into it, field by field (protocol buffers):
 # no character map, no dummy prefix, no removal of spaces; spaces are still written as U+2581.
 _PLAIN_FIELDS = bytes(
@@ -70,6 +72,10 @@ class SentencePieceTokenizer(TableTokenizer):
             )
         )
         processor = self._processor
+        self.special_tokens = {
+            processor.id_to_piece(i): i for i in range(len(processor)) if processor.is_control(i)
+        }
+        self.markers = frozenset(_user_defined(model))
         self._bytes = {
             value: i
             for i in range(len(processor))
@@ -91,16 +97,15 @@ class SentencePieceTokenizer(TableTokenizer):
         return table
 
     def _cut(self, texts: Sequence[str]) -> list[list[int]]:
-        given = [self.prefix.decode() + text for text in texts]
-        return cut_pieces(given, self._encode_raw, self._bytes, escape=False)
+        return cut_pieces(texts, self._encode_raw, self._bytes, escape=False)
 
     def _encode_raw(self, texts: Sequence[str]) -> list[list[int]]:
         # The list form starts a thread for each core; one call a text keeps the threads away.
         return [self._processor.encode(text) for text in texts]
 
-    def save(self, directory: Path) -> None:
+    def _write(self, directory: Path) -> None:
         """Write tokenizer.model, byte for byte the file that was read."""
-        write_atomic(Path(directory) / FILE_NAME, self._model)
+        write_atomic(directory / FILE_NAME, self._model)
 
     @classmethod
     def from_file(cls, path: Path) -> "SentencePieceTokenizer":
@@ -147,3 +152,13 @@ def _merged(data: bytes, field: int) -> bytes:
 
 def _fields(data: bytes) -> dict[int, Any]:
     return dict(_records(data))
+
+
+def _user_defined(model: bytes) -> Iterator[str]:
+    """Yield the pieces that are found whole in any text (the trainer's user_defined_symbols)."""
+    mark = bytes([_TYPE << 3, _USER_DEFINED])
+    for number, value in _records(model):
+        if number == _PIECE and mark in value:
+            piece = _fields(value)
+            if piece.get(_TYPE) == _USER_DEFINED:
+                yield piece[_TEXT].decode("utf-8")

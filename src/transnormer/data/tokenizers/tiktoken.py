@@ -89,6 +89,7 @@ class TiktokenTokenizer(TableTokenizer):
         self.eos_id = self._specials.get(_END, self._specials.get("</s>"))
         self.bos_id = self._specials.get("<s>", self.eos_id)
         self.pad_id = self._specials.get("<pad>")
+        self.special_tokens = self._specials
 
     def _rank_lines(self) -> bytes:
         ordered = sorted(self._ranks.items(), key=lambda item: item[1])
@@ -104,10 +105,10 @@ class TiktokenTokenizer(TableTokenizer):
     def _cut(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encoding.encode_ordinary(text) for text in texts]
 
-    def save(self, directory: Path) -> None:
+    def _write(self, directory: Path) -> None:
         """Write tokenizer.tiktoken and tokenizer.tiktoken.json (pattern and special tokens)."""
-        write_atomic(Path(directory) / f"{FILE_NAME}.json", self._description())
-        write_atomic(Path(directory) / FILE_NAME, self._rank_lines())
+        write_atomic(directory / f"{FILE_NAME}.json", self._description())
+        write_atomic(directory / FILE_NAME, self._rank_lines())
 
     @classmethod
     def from_file(cls, path: Path) -> "TiktokenTokenizer":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transnormer.nn.activations import Activation, activation
 from transnormer.nn.core import LinearAttentionCore
-from transnormer.nn.norms import NormConfig
+from transnormer.nn.norms import Norm, NormConfig
 from transnormer.nn.positions import Lrpe, LrpeInit, MdLrpe
 from transnormer.nn.precision import KeepPrecision
 from transnormer.nn.rotary import Rotary
@@ -16,6 +16,7 @@ from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.ops.checks import accumulation_dtype
 from transnormer.ops.decay import DecayRule, tnl_log_decay
+from transnormer.ops.joint_attention import joint_attention
 
 
 class LightningConfig(TokenMixerBase):
@@ -121,6 +122,7 @@ class Lightning(TokenMixer):
     (float64 for a float64 model); key_dim is doubled by LRPE in its doubled form.
     """
 
+    may_drop_state = True
     steps_in_slots = True
 
     def __init__(
@@ -158,6 +160,22 @@ class Lightning(TokenMixer):
         self.core = LinearAttentionCore(causal=causal, implementation=config.implementation)
         self.norm = config.norm.build(hidden_dim)
         self.out_proj = nn.Linear(hidden_dim, model_dim, bias=config.bias)
+        self._is_released = (
+            causal
+            and self.lrpe is None
+            and config.norm == NormConfig(eps=config.norm.eps)
+            and config.implementation in ("auto", "triton")
+            and (config.qk_activation, config.v_activation) == ("silu", "none")
+            and (config.gate, config.gate_activation) == ("full", "none")
+            and config.gate_position == "after_norm"
+        )
+
+    def _is_joint(self, keep_state: bool, state: Any, mask: Tensor | None) -> bool:
+        """Whether one op can do all between the projections: the released layer, trained whole."""
+        if keep_state or not self._is_released or state is not None or mask is not None:
+            return False
+        # Whoever shares heads or tokens among ranks puts parts of its own there.
+        return type(self.core) is LinearAttentionCore and type(self.norm) is Norm
 
     def _gate(self, x: Tensor, fused: Tensor | None) -> Tensor | None:
         if self.config.gate == "none":
@@ -175,8 +193,9 @@ class Lightning(TokenMixer):
         state: Tensor | None = None,
         shape: tuple[int, ...] | None = None,
         shared: Any = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``TokenMixer.forward``.
+        """As ``TokenMixer.forward``; without keep_state the state may be None.
 
         Raises:
             ValueError: with several lrpe_axes, no shape or one that does not fit the input.
@@ -185,8 +204,19 @@ class Lightning(TokenMixer):
         config = self.config
         if config.lrpe_axes > 1 and cu_seqlens is not None:
             raise NotImplementedError("cu_seqlens is given; expected None with several lrpe_axes")
+        projected = self.qkvu_proj(x)
+        if self._is_joint(keep_state, state, mask):
+            y = joint_attention(
+                projected,
+                self.log_decay(projected.dtype),
+                head_dim=self.head_dim,
+                eps=config.norm.eps,
+                cu_seqlens=cu_seqlens,
+                implementation="triton" if config.implementation == "triton" else "auto",
+            )
+            return self.out_proj(y), None
         # The local head count is inferred, so that a slice of the heads runs unchanged.
-        parts = self.qkvu_proj(x).chunk(4 if config.gate == "full" else 3, -1)
+        parts = projected.chunk(4 if config.gate == "full" else 3, -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])
         act = activation(config.qk_activation)
         q, k, v = act(q), act(k), activation(config.v_activation)(v)

@@ -1,7 +1,9 @@
 """What the decode kernels share: activations by number, and the order of overlapping launches."""
 
+import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,8 +50,16 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
         gdc_wait()
 
 
-def run(kernel: Any, programs: int, x: Tensor, *arguments: Any, overlap: bool, **constants: Any):
-    """Launch on x's device; ``overlap`` lets the kernel begin before those ahead of it have ended."""
-    options = {"launch_pdl": True} if overlap and x.is_cuda else {}
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def run(
+    kernel: Any, programs: int, x: Tensor, *arguments: Any, overlap: bool, **constants: Any
+) -> None:
+    """Launch on x's device; ``overlap`` lets the kernel begin before those ahead of it have ended,
+    which GPUs of compute capability 9.0 and later can."""
+    options = {"launch_pdl": True} if overlap and _overlaps(x.device) else {}
     with device_of(x):
         kernel[(programs,)](*arguments, OVERLAP=bool(options), **constants, **options)

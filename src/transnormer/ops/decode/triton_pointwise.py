@@ -166,6 +166,7 @@ def mix_kernel(
     inside = (channels < KEY_DIM)[:, None] & in_v[None, :] & live
     # Whole tiles are read in 16-byte loads; of a row that is not real too, to no effect.
     s = tl.load(target) if EVEN else tl.load(target, mask=inside, other=0.0)
+    kept, rest = 1.0, 0.0
     if DECAY:
         kept, rest = split_decay(tl.load(log_decay + h))
     wait_for_inputs(OVERLAP)
@@ -177,10 +178,7 @@ def mix_kernel(
     v = tl.load(source + 2 * H * HEAD_DIM + columns, mask=in_v, other=0.0).to(tl.float32)
     v = rounded(activated(v, V_ACTIVATION), qkvu)
     added = k[:, None] * v[None, :]
-    if DECAY:
-        s = (added + s * rest) + s * kept
-    else:
-        s += added
+    s = (added + s * rest) + s * kept
     out = tl.where(live, tl.sum(q[:, None] * s, 0), 0.0)
     # A slot outside the pool has to show.
     out = tl.where((slot < -1) | (slot >= num_slots), float("nan"), out)

@@ -1,12 +1,13 @@
-"""A row times a matrix, with the norm, the gate, the sum or the product that belongs to it.
+"""A few rows times a matrix, with the norm, the gate, the sum or the product that belongs to it.
 
     y = act((a * u) W^T / rms(a)) * ((a * u) W_2^T / rms(a)) + residual,  each part where it is asked for
 
-One row at a time is bound by reading W, [N, K] with a contiguous last dim, once. A program owns
-BLOCK_N rows of it and walks over K, the next tile on its way while this one is multiplied. The
-norm is a number for the whole row: the sum of squares is formed on the way, in every program, and
-divides the products at the end. W may be int8 with a scale a row, which comes in at the end too.
-Products and sums are float32.
+A few rows are bound by reading W, [N, K] with a contiguous last dim, once. A program owns BLOCK_N
+rows of it and walks over K, the next tiles on their way while this one is multiplied: a single row
+by multiply-adds, several by tensor cores, with W's rows as theirs. The norm is a number for a whole
+row: the sum of squares is formed on the way, in every program, and divides the products at the end.
+For a single row W may be int8 with a scale a row, which comes in at the end too, and there may be a
+gate. Products and sums are float32.
 """
 
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from transnormer.ops.decode.triton_launch import (
     wait_for_inputs,
 )
 from transnormer.ops.linear_attention.launch_config import block_of
+from transnormer.ops.linear_attention.triton_runtime import arithmetic
 
 # Arguments stand in lines as they belong together.
 # fmt: off
@@ -50,6 +52,7 @@ def projection_kernel(
     columns = tl.arange(0, BLOCK_K)
     let_next_begin(OVERLAP)
     first = load_weights(w, columns, rows, 0, K, N, EVEN)
+    second = first
     if DOUBLE:
         second = load_weights(w2, columns, rows, 0, K, N, EVEN)
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -64,9 +67,7 @@ def projection_kernel(
         if GATED:
             u = tl.load(gate + k + columns, mask=inside, other=0.0).to(tl.float32)
             a *= activated(u, GATE_ACTIVATION).to(gate.dtype.element_ty).to(tl.float32)
-        now = first
-        if DOUBLE:
-            now2 = second
+        now, now2 = first, second
         if K > BLOCK_K:
             # Its tile of the next turn; beyond the last one it reads the last again.
             ahead = tl.minimum(k + BLOCK_K, (K - 1) // BLOCK_K * BLOCK_K)
@@ -95,18 +96,72 @@ def projection_kernel(
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < N)
 
 
+@triton.jit
+def rows_kernel(
+    x, w, w2, residual, y, eps, M,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, NORM: tl.constexpr, DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ADD: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):
+    """BLOCK_N columns of y, M <= BLOCK_M rows: products are [BLOCK_N, BLOCK_M]."""
+    EVEN: tl.constexpr = (N % BLOCK_N == 0) and (K % BLOCK_K == 0)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns, m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
+    let_next_begin(OVERLAP)
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    sums2 = tl.zeros([BLOCK_N, BLOCK_M] if DOUBLE else [1, 1], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    wait_for_inputs(OVERLAP)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        first = load_weights(w, columns, rows, k, K, N, EVEN)
+        at = x + m[None, :] * K + (k + columns)[:, None]
+        inside = (m < M)[None, :] & ((k + columns) < K)[:, None]
+        a = tl.load(at, mask=inside, other=0.0)
+        if NORM:
+            squares += tl.sum(a.to(tl.float32) * a.to(tl.float32), 0)
+        sums = tl.dot(first.to(DTYPE), a.to(DTYPE), acc=sums)
+        if DOUBLE:
+            second = load_weights(w2, columns, rows, k, K, N, EVEN)
+            sums2 = tl.dot(second.to(DTYPE), a.to(DTYPE), acc=sums2)
+    factor = tl.zeros([BLOCK_M], tl.float32) + 1.0
+    if NORM:
+        factor = 1.0 / tl.sqrt(squares / K + eps)
+    out = (sums * factor[None, :]).to(y.dtype.element_ty).to(tl.float32)
+    if DOUBLE:
+        up = (sums2 * factor[None, :]).to(y.dtype.element_ty).to(tl.float32)
+        out = activated(out, ACTIVATION).to(y.dtype.element_ty).to(tl.float32) * up
+    at = m[None, :] * N + rows[:, None]
+    inside = (m < M)[None, :] & (rows < N)[:, None]
+    if ADD:
+        out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
 def tile_of(outputs: int, inputs: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps.
 
     About 8 KiB of bfloat16 a tile and two tiles on their way: with the four or five programs that
     share an SM of an H100 that is more than bandwidth times latency asks for. Fewer rows where the
-    matrix is small, so that there are two programs an SM.
+    matrix is small, so that there are two programs an SM; each thread has 16 bytes at least.
     """
     columns = min(block_of(inputs), 1024)
     rows = max(4096 // columns, 1)
-    while rows > 1 and outputs // rows < 264:
+    while rows * columns > 1024 and outputs // rows < 264:
         rows //= 2
     return rows, columns, 4
+
+
+def tile_of_rows(outputs: int, block: int, double: bool) -> tuple[int, int, int]:
+    """Rows of W and columns of a program's tile of ``rows_kernel``, and its stages.
+
+    Eight KiB of weights a stage. As many rows as leave a program for each SM of an H100, since x is
+    read once for each program, from the L2 cache.
+    """
+    rows = 64
+    while rows > 16 and outputs // rows < 128:
+        rows //= 2
+    columns = max(4096 // rows // (2 if double else 1), 64)
+    return rows, columns, 5 if block <= 32 else 4
 
 
 class Matrix(NamedTuple):
@@ -154,5 +209,36 @@ def project(
         GATED=gate is not None, GATE_ACTIVATION=number_of(gate_activation),
         DOUBLE=second is not None, ACTIVATION=number_of(activation), ADD=residual is not None,
         overlap=overlap, num_warps=warps,
+    )
+    return y
+
+
+def project_rows(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    second: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+    activation: str = "none",
+    overlap: bool = False,
+) -> Tensor:
+    """``project`` of 2 to 64 rows in bfloat16 or float16, [M, N], without a gate.
+
+    Args:
+        x: [M, K], contiguous.
+        weight, second: [N, K], contiguous.
+        residual, eps, activation, overlap: as ``project``'s.
+    """
+    (count, inputs), outputs = x.shape, weight.shape[0]
+    y = x.new_empty(count, outputs) if residual is None else residual
+    block = block_of(count)
+    rows, columns, stages = tile_of_rows(outputs, block, second is not None)
+    run(
+        rows_kernel, -(-outputs // rows), x, x, weight, weight if second is None else second, y, y,
+        0.0 if eps is None else eps, count, N=outputs, K=inputs, BLOCK_M=block, BLOCK_N=rows,
+        BLOCK_K=columns, NORM=eps is not None, DOUBLE=second is not None,
+        ACTIVATION=number_of(activation), ADD=residual is not None,
+        DTYPE=arithmetic(x.dtype)["DTYPE"], STAGES=stages, overlap=overlap, num_warps=4,
     )
     return y

@@ -6,6 +6,7 @@ from transnormer.train.objectives.classification import (
     ClassificationObjective,
     ClassificationReport,
 )
+from transnormer.train.objectives.instruction import InstructionObjective, InstructionReport
 from transnormer.train.objectives.masked import MaskedObjective, MaskedReport
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Counts",
     "EvaluationReport",
     "HeldoutReport",
+    "InstructionReport",
     "MaskedReport",
     "Objective",
     "Setting",
@@ -23,4 +25,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "causal": CausalObjective,
     "masked": MaskedObjective,
     "classification": ClassificationObjective,
+    "instruction": InstructionObjective,
 }

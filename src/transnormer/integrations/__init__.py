@@ -1,0 +1,1 @@
+"""Plugins that put models of this package into the engines of others."""

@@ -1,0 +1,107 @@
+"""From the joint projection to the gated norm in one op: values, gradients, graphs, refusals."""
+
+import pytest
+import torch
+from kernel_cases import needs_interpreter
+from tolerances import JOINT_ATTENTION, assert_close
+from torch import Tensor
+
+from transnormer.ops.joint_attention import joint_attention
+
+
+def inputs(
+    batch: int, seq: int, heads: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A projection, decays and a gradient of the result."""
+    generator = torch.Generator().manual_seed(0)
+    joint = torch.randn(batch, seq, 4 * heads * dim, generator=generator).to(dtype)
+    grad = torch.randn(batch, seq, heads * dim, generator=generator).to(dtype)
+    return joint, -0.3 * torch.rand(heads, generator=generator), grad
+
+
+def run(joint: Tensor, decay: Tensor | None, grad: Tensor, dim: int, **options: object) -> object:
+    leaf = joint.detach().requires_grad_()
+    y = joint_attention(leaf, decay, head_dim=dim, eps=1e-6, **options)
+    y.backward(grad)
+    return y.detach(), leaf.grad
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "dim"), [(2, 19, 3, 16), (1, 1, 1, 32), (1, 9, 2, 20)]
+)
+def test_the_kernels_are_the_formula(
+    batch: int, seq: int, heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    joint, decay, grad = inputs(batch, seq, heads, dim, dtype)
+    exact = run(joint.double(), decay.double(), grad.double(), dim)
+    found = run(joint, decay, grad, dim, implementation="triton")
+    for actual, expected in zip(found, exact):
+        assert actual.dtype == dtype
+        assert_close(actual, expected, limit=JOINT_ATTENTION[dtype])
+
+
+@needs_interpreter
+def test_packed_rows_and_no_decay() -> None:
+    joint, _, grad = inputs(1, 40, 2, 16, torch.float32)
+    bounds = torch.tensor([0, 7, 7, 40])
+    exact = run(joint.double(), None, grad.double(), 16, cu_seqlens=bounds)
+    found = run(joint, None, grad, 16, cu_seqlens=bounds, implementation="triton")
+    for actual, expected in zip(found, exact):
+        assert_close(actual, expected, limit=JOINT_ATTENTION[torch.float32])
+
+
+@needs_interpreter
+def test_a_projection_with_strides_and_a_gradient_with_strides() -> None:
+    joint, decay, grad = inputs(2, 9, 2, 16, torch.float32)
+    exact = run(joint, decay, grad, 16, implementation="triton")
+    wide = torch.cat([joint, joint], -1)[..., : joint.shape[-1]].requires_grad_()
+    y = joint_attention(wide, decay, head_dim=16, eps=1e-6, implementation="triton")
+    y.backward(torch.cat([grad, grad], -1)[..., : grad.shape[-1]])
+    assert torch.equal(y.detach(), exact[0])
+    assert torch.equal(wide.grad, exact[1])
+
+
+@needs_interpreter
+def test_the_op_keeps_torch_s_contract() -> None:
+    joint, decay, _ = inputs(1, 5, 1, 16, torch.float32)
+    op = torch.ops.transnormer.joint_attention
+    torch.library.opcheck(
+        op,
+        (joint.requires_grad_(), decay, None, 16, 1e-6),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@needs_interpreter
+def test_it_compiles_whole_at_symbolic_lengths() -> None:
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda x, decay: joint_attention(
+            x, decay, head_dim=16, eps=1e-6, implementation="triton"
+        ).sum(),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for seq in (6, 11):
+        joint, decay, grad = inputs(1, seq, 2, 16, torch.float32)
+        leaf = joint.detach().requires_grad_()
+        call(leaf, decay).backward()
+        exact = run(joint, decay, torch.ones_like(grad), 16, implementation="triton")
+        assert_close(leaf.grad, exact[1].double())
+
+
+def test_wrong_calls_are_refused() -> None:
+    joint, decay, _ = inputs(1, 4, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match="a width that is a multiple of 4 head_dim, which is 24"):
+        joint_attention(joint, decay, head_dim=24, eps=1e-6)
+    with pytest.raises(ValueError, match=r"log_decay has shape \[3\]"):
+        joint_attention(joint, torch.zeros(3), head_dim=16, eps=1e-6)
+    with pytest.raises(NotImplementedError, match="joint is torch.float64; expected float32"):
+        joint_attention(joint.double(), None, head_dim=16, eps=1e-6, implementation="triton")
+    with pytest.raises(NotImplementedError, match="log_decay wants a gradient; expected a const"):
+        joint_attention(
+            joint, decay.requires_grad_(), head_dim=16, eps=1e-6, implementation="triton"
+        )
