@@ -17,7 +17,7 @@ _MIXERS = "transnormer.nn.token_mixers"
 _PLAIN = "transnormer.hf.plain_config"
 _MOVED = {"transnormer.config": _PLAIN, "pydantic": _PLAIN}
 _MODELING = "transnormer.hf.modeling"
-_DEVICES = "transnormer.ops.linear_attention.kernel_devices"
+_DEVICES = "transnormer.ops.kernel_devices"
 _DOCSTRING = '''"""{names}: a language model of the package transnormer, as one file.
 
 Made from the package's modules by ``transnormer.hf.export``; the mathematics and its sources are in

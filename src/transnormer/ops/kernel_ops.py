@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from transnormer.ops.linear_attention.kernel_devices import why_not_named
+from transnormer.ops.kernel_devices import why_not_named
 
 _LIBRARY = torch.library.Library("transnormer", "FRAGMENT")
 

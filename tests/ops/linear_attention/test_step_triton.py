@@ -8,8 +8,8 @@ from tolerances import OUTPUT, STATE, assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transnormer.ops import linear_attention_step
-from transnormer.ops.linear_attention import decode_ops, kernel_devices
+from transnormer.ops import kernel_devices, linear_attention_step
+from transnormer.ops.linear_attention import decode_ops
 
 triton_step = pytest.importorskip(
     "transnormer.ops.linear_attention.triton_step", exc_type=ModuleNotFoundError

@@ -8,7 +8,7 @@ from torch import Tensor
 from transnormer.ops import checks
 from transnormer.ops.cross_entropy.fused import IGNORE_INDEX, fused_sum
 from transnormer.ops.dispatch import Implementation, choose
-from transnormer.ops.linear_attention.kernel_devices import why_not_named
+from transnormer.ops.kernel_devices import why_not_named
 
 # A tile of logits, rows x vocabulary entries, is at most this share of all of them, so that its few
 # temporaries stay under an eighth; and at most so many elements: on a CPU about what the cache

@@ -8,7 +8,7 @@ together; ``triton_pointwise`` and ``triton_projection`` hold them.
 
 import torch
 
-from transnormer.ops.linear_attention.kernel_devices import why_not_named
+from transnormer.ops.kernel_devices import why_not_named
 
 # Of queries, keys, values and gates; kernels know them by their place.
 ACTIVATIONS = ("none", "silu", "sigmoid", "relu")

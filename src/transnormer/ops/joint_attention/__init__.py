@@ -8,9 +8,9 @@ from torch import Tensor
 
 from transnormer.ops import checks, kernel_ops
 from transnormer.ops.dispatch import Implementation, choose
+from transnormer.ops.kernel_devices import why_not_named
 from transnormer.ops.kernel_ops import Form
 from transnormer.ops.linear_attention import linear_attention
-from transnormer.ops.linear_attention.kernel_devices import why_not_named
 from transnormer.ops.norm import rms_norm
 
 # Of a head in linear attention's kernels, and of a whole row in those beside them.

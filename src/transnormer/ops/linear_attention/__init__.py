@@ -7,13 +7,13 @@ from torch import Tensor
 
 from transnormer.ops import checks
 from transnormer.ops.dispatch import Implementation, choose
+from transnormer.ops.kernel_devices import why_not_named
 from transnormer.ops.linear_attention.chunked import chunked_linear_attention
 from transnormer.ops.linear_attention.constant_decay import (
     constant_decay_attention,
     scalar_gate_attention,
 )
 from transnormer.ops.linear_attention.gated_decay import gated_decay_attention
-from transnormer.ops.linear_attention.kernel_devices import why_not_named
 from transnormer.ops.linear_attention.lightning1_ops import lightning1
 from transnormer.ops.linear_attention.reference import recurrence
 from transnormer.ops.linear_attention.ring import RingState, linear_attention_ring_step

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from transnormer.ops.linear_attention import kernel_devices
+from transnormer.ops import kernel_devices
 
 MAX_KEY_DIM = 256
 

@@ -7,8 +7,8 @@ needs no Triton.
 import torch
 from torch import Tensor
 
+from transnormer.ops.kernel_devices import constant_when_compiled, why_not
 from transnormer.ops.linear_attention.attention_ops import define_attention
-from transnormer.ops.linear_attention.kernel_devices import constant_when_compiled, why_not
 from transnormer.ops.linear_attention.lightning1 import lightning1_linear_attention
 from transnormer.ops.linear_attention.sequences import from_first_to_last
 
