@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoder_cases import make_model, tnl_config
-from train_cases import some_text
+from train_cases import run_file, some_text
 
 from transnormer import files
 from transnormer.cli.app import run
@@ -21,33 +21,13 @@ from transnormer.models import checkpoint, zoo
 from transnormer.models.convert import llama
 from transnormer.models.decoder import Decoder
 
-RUN = """
-[model]
-model_dim = 32
-num_layers = 2
-heads = 2
-glu_dim = 32
-[data]
-path = "corpus.txt"
-tokenizer = "bytes"
-seq = 16
-[train]
-steps = 4
-tokens_per_step = 64
-save_every = 2
-precision = "float32"
-device = "cpu"
-[output]
-dir = "run"
-"""
-
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus, a run's TOML, the run itself, and things that are wrong."""
     folder = tmp_path_factory.mktemp("workshop")
     (folder / "corpus.txt").write_text(some_text())
-    (folder / "run.toml").write_text(RUN)
+    (folder / "run.toml").write_text(run_file(output="run"))
     (folder / "broken.toml").write_text("[model\n")
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("abc")

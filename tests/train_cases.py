@@ -13,6 +13,34 @@ from safetensors.torch import load_file
 from transnormer.config import apply_overrides, validate
 from transnormer.train import EvaluationReport, RunConfig, StepReport, run_training
 
+# A run as a file, for what starts from the command line.
+_RUN_FILE = """
+[model]
+model_dim = 32
+num_layers = 2
+heads = 2
+glu_dim = 32
+[data]
+path = "{corpus}"
+tokenizer = "bytes"
+seq = 16
+[train]
+steps = 4
+tokens_per_step = 64
+save_every = 2
+eval_every = {eval_every}
+precision = "float32"
+device = "cpu"
+[output]
+dir = "{output}"
+"""
+
+
+def run_file(*, corpus: str | Path = "corpus.txt", output: str | Path, eval_every: int = 0) -> str:
+    """The TOML of a run of four steps and 20,000 parameters."""
+    return _RUN_FILE.format(corpus=corpus, output=output, eval_every=eval_every)
+
+
 WORDS = [
     "the",
     "quick",

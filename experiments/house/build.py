@@ -86,7 +86,8 @@ def export(run: Path, target: Path) -> dict[str, Any]:
     tokenizer_file = checkpoint.find_tokenizer(run)
     assert tokenizer_file is not None
     tokenizer = load_tokenizer(tokenizer_file)
-    if target.exists():
+    if (target / RECIPE.name).is_file():
+        # An earlier export; any other directory that holds something is refused.
         shutil.rmtree(target)
     with atomic_directory(target) as directory:
         checkpoint.write_weights(

@@ -54,6 +54,19 @@ def test_whole_lines_are_kept(kept: str) -> None:
     assert edit(text) == f"before,\n\n{kept}\n\nafter"
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "```\na = 1\n\n\ndef f():\n    pass\n```",
+        "    indented = 1\n\n\n    more = 2",
+        "\\begin{verbatim}\na\n\n\nb\n\\end{verbatim}",
+    ],
+)
+def test_blank_lines_within_code_are_kept_and_those_around_it_are_not(kept: str) -> None:
+    text = f"see http://example.org/a now\n\n\n\n{kept}\n\n\n\nafter"
+    assert edit(text) == f"see  now\n\n{kept}\n\nafter"
+
+
 def test_money_is_no_formula() -> None:
     assert edit("costs $5 and,,,, then $6 more") == "costs $5 and, then $6 more"
 

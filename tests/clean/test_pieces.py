@@ -57,6 +57,13 @@ def test_a_paragraph_that_repeats_an_earlier_documents_is_cut(changes: int, tmp_
     assert kept["2"]["text"] == texts[2]
 
 
+def test_a_cut_leaves_the_blank_lines_of_code(tmp_path: Path) -> None:
+    code = "```\na = 1\n\n\nb = 2\n```"
+    texts = [document(1, 2), "\n\n".join([paragraph(3), code, paragraph(2), paragraph(4)])]
+    kept = clean(texts, tmp_path)
+    assert kept["1"]["text"] == "\n\n".join([paragraph(3), code, paragraph(4)])
+
+
 def test_a_paragraph_below_the_threshold_stays(tmp_path: Path) -> None:
     like = edited(paragraph(2), 7, 8)
     assert jaccard(shingle_set(paragraph(2), 5), shingle_set(like, 5)) < 0.7

@@ -107,6 +107,11 @@ def test_a_template_in_the_tokenizers_table_is_found(tmp_path: Path) -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "messages do not fit"),
         (PLAIN, "ends an answer without the end-of-text token"),
         ("{{ messages[-1].content + eos_token }}", r"writes messages\[1\] otherwise"),
+        (
+            "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}A:{% endif %}",
+            r"begins messages\[1\] otherwise than the answer that it asks for",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(source: str, message: str) -> None:

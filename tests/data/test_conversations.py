@@ -85,7 +85,7 @@ WRONG = {
         r"messages\[1\]: content is ''",
     ),
     "surrogate": ({"instruction": "\ud800", "output": "b"}, "instruction holds a lone surrogate"),
-    "input": ({"instruction": "a", "input": 3, "output": "b"}, "input is 3; expected a text"),
+    "input": ({"instruction": "a", "input": 3, "output": "b"}, "input is 3; expected a text, or"),
     "mixed-prompt": ({"prompt": "a", "completion": messages(TURNS[1])}, "completion is .*expected"),
     "empty-prompt": ({"prompt": "", "completion": "b"}, "prompt is ''; expected a text"),
     "group": ({"prompt": "a", "completion": "b", "group": True}, "group is True; expected a str"),

@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 
 import pytest
 from docs.code_blocks import TEXT, Block, Reader, blocks_of, reason_of
-from train_cases import some_text
+from train_cases import run_file, some_text
 
 from transnormer.cli.app import run
 
@@ -24,27 +24,6 @@ FOLLOWED = {
     "docs/huggingface.md": "tests/hf/test_docs.py",
     "docs/serving.md": "tests/serve/test_docs.py",
 }
-# As recipes/quickstart.toml, of a size for tests.
-RECIPE = """
-[model]
-model_dim = 32
-num_layers = 2
-heads = 2
-glu_dim = 32
-[data]
-path = "corpus.txt"
-tokenizer = "bytes"
-seq = 16
-[train]
-steps = 4
-tokens_per_step = 64
-eval_every = 2
-save_every = 2
-precision = "float32"
-device = "cpu"
-[output]
-dir = "runs/quickstart"
-"""
 
 
 def name_of(document: Path) -> str:
@@ -68,8 +47,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "FOLDER").mkdir()
     for name, text in sorted(topics.items())[:40]:
         (folder / "FOLDER" / f"{name}.txt").write_text(text)
-    (folder / "recipes" / "quickstart.toml").write_text(RECIPE)
-    (folder / "RUN.toml").write_text(RECIPE.replace("runs/quickstart", "runs/of-run-toml"))
+    (folder / "recipes" / "quickstart.toml").write_text(
+        run_file(output="runs/quickstart", eval_every=2)
+    )
+    (folder / "RUN.toml").write_text(run_file(output="runs/of-run-toml", eval_every=2))
     before = Path.cwd()
     os.chdir(folder)
     try:

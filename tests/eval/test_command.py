@@ -1,13 +1,18 @@
 """`transnormer eval --tasks`: what it prints and writes, and its one-line refusals."""
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from eval_cases import byte_model, write_tasks
 
 from transnormer.cli.app import run
+from transnormer.eval import perplexity, scorer
+from transnormer.eval.metrics import Figure
 from transnormer.eval.scorer import evaluate_task
 from transnormer.models import checkpoint as checkpoints
 
@@ -77,6 +82,52 @@ def test_a_text_is_written_too(inside: Path, tmp_path: Path) -> None:
     }
 
 
+def test_texts_are_read_side_by_side_as_asked(
+    inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups: list[int] = []
+    score_group = perplexity._score_group
+
+    def watched(model: Any, documents: list[Any], *rest: Any) -> Any:
+        groups.append(len(documents))
+        return score_group(model, documents, *rest)
+
+    monkeypatch.setattr(perplexity, "_score_group", watched)
+    Path("lines.jsonl").write_text('{"text": "abc"}\n' * 5)
+    assert run(["eval", "model", "--text", "lines.jsonl", "--batch-size", "2"]) == 0
+    assert groups == [2, 2, 1]
+
+
+def test_a_figure_beyond_float_is_null(
+    inside: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(scorer.metrics, "perplexity", lambda values: Figure(math.inf, math.nan))
+    output = tmp_path / "results.json"
+    line = ["eval", "model", "--tasks", "lambada_openai", "--data", "data", "--json"]
+    assert run([*line, "--output", str(output)]) == 0
+    for text in (capsys.readouterr().out.splitlines()[-1], output.read_text()):
+        found = json.loads(text, parse_constant=pytest.fail)["results"]["lambada_openai"]
+        assert found["perplexity"] is None
+        assert found["perplexity_stderr"] is None
+
+
+@pytest.mark.parametrize("options", [["--tasks", name] for name in ("piqa", "wikitext", "mqar")])
+def test_a_broken_model_has_no_figures(
+    options: list[str], inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = byte_model()
+    torch.nn.init.constant_(model.embedding.weight, math.nan)
+    checkpoints.save(model, tmp_path / "broken")
+    tokenizer.save(tmp_path / "broken")
+    where = ["--data", "data", "--lengths", "64"] if "mqar" in options else ["--data", "data"]
+    for asked in ([*options, *where], ["--text", "data/wikitext2_test.raw.txt"]):
+        assert run(["eval", str(tmp_path / "broken"), *asked]) == 2
+        assert "a log-likelihood is nan; expected a number" in capsys.readouterr().err
+
+
 MISTAKES = {
     "neither": ([], "expected one of --text and --tasks"),
     "both": (["--text", "a", "--tasks", "piqa"], "Both are given"),
@@ -98,6 +149,19 @@ MISTAKES = {
     ),
     "limit": (["--tasks", "piqa", "--limit", "0"], "--limit is 0"),
     "batch": (["--tasks", "piqa", "--batch-size", "0"], "--batch-size is 0"),
+    "batch of texts": (["--text", "data", "--batch-size", "0"], "--batch-size is 0"),
+    "a directory for output": (
+        ["--text", "data", "--output", "data"],
+        "data, a directory; expected a",
+    ),
+    "lengths of the harness": (
+        ["--tasks", "mqar", "--lengths", "64", "--harness"],
+        "--lengths is given beside --harness",
+    ),
+    "data of no task": (
+        ["--tasks", "piqa", "--data", "data", "--data", "copa=absent"],
+        "--data names copa; expected the tasks that are run: piqa",
+    ),
     "lengths": (["--tasks", "mqar", "--lengths", "1k"], "--lengths is '1k'"),
     "lengths of files": (["--tasks", "piqa", "--lengths", "256"], "expected a recall suite"),
     "examples of recall": (["--tasks", "mqar", "--num-fewshot", "2"], "--num-fewshot is 2"),

@@ -176,6 +176,13 @@ def test_generated_texts_are_hflm_s(ours: Any, theirs: Any) -> None:
     mine = ours.generate_until(instances(requests, "generate_until"))
     other = theirs.generate_until(instances(others, "generate_until"), disable_tqdm=True)
     assert mine == other
+    ours.add_bos = False
+    try:
+        mine = ours.generate_until(instances(requests, "generate_until"))
+    finally:
+        ours.add_bos = True
+    assert mine == theirs.generate_until(instances(requests, "generate_until"), disable_tqdm=True)
+    assert mine != other
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])

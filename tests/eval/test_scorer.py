@@ -178,6 +178,18 @@ def test_generated_texts_are_those_of_generate(subject: Subject) -> None:
         assert text == tokenizer.decode(generation.token_ids[0])
 
 
+def test_the_begin_of_text_may_be_left_out(subject: Subject) -> None:
+    model, tokenizer = subject
+    texts = generate_texts(model, tokenizer, ["one", ""], max_new_tokens=9, begin=False)
+    for ids, text in zip(([*b"one"], [257]), texts, strict=True):
+        generation = generate(model, torch.tensor([ids]), max_new_tokens=9, temperature=0.0)
+        generation.draw_below(tokenizer.vocab_size)
+        for _ in generation:
+            pass
+        assert text == tokenizer.decode(generation.token_ids[0])
+    assert texts[0] != generate_texts(model, tokenizer, ["one"], max_new_tokens=9)[0]
+
+
 def test_generation_ends_before_a_stop_text(subject: Subject) -> None:
     whole = generate_texts(*subject, ["one"], max_new_tokens=12)[0]
     cut = generate_texts(*subject, ["one"], max_new_tokens=12, stop=(whole[4:6], "\n"))[0]

@@ -7,6 +7,7 @@ from engine_cases import GREEDY, alone, assert_all_alone, engine_of, prompts_of
 
 from transnormer.infer.engine import Engine
 from transnormer.models.decoder import BlockConfig, Decoder
+from transnormer.models.state import DecoderState
 from transnormer.nn.token_mixers import CosformerConfig, SoftmaxConfig
 
 
@@ -152,3 +153,15 @@ def test_arguments_of_another_type_are_named(model: Decoder) -> None:
     unsigned = torch.tensor([1, 2], dtype=torch.uint16)
     exact = alone(model, torch.tensor([1, 2]), 3, temperature=0.0)
     assert engine.submit(unsigned, max_new_tokens=3, sampling=GREEDY).result() == exact
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_a_cache_of_too_few_dims_is_refused(shape: tuple[int, ...]) -> None:
+    block = BlockConfig(token_mixer=SoftmaxConfig(heads=2), channel_mixer=None)
+    model = make_model(tnl_config(blocks=(block,)))
+    state = model.empty_state(1)
+    cache = state.layers[0]._replace(valid=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"state.layers\[0\] has shape"):
+        engine_of(model).submit(
+            [1, 2], max_new_tokens=1, state=DecoderState((cache,), state.positions)
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from transnormer.models.state import DecoderState
 
@@ -194,6 +195,21 @@ def test_a_state_with_nan_is_refused(
     response = plain.post("/v1/states", content=data, headers=OCTETS)
     assert response.status_code == 400
     assert "NaN" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("tokens", [-1, 2**63 - 2])
+def test_a_state_of_an_impossible_count_of_tokens_is_refused(
+    plain: httpx.Client, toy: Any, tmp_path: Any, tokens: int
+) -> None:
+    from transnormer import load
+
+    model = load(toy)
+    layers = model.empty_state(1).layers
+    DecoderState(layers, torch.tensor([tokens])).save(tmp_path / "state", model)
+    data = (tmp_path / "state").read_bytes()
+    response = plain.post("/v1/states", content=data, headers=OCTETS)
+    assert response.status_code == 400
+    assert f"the state has read {tokens} tokens" in response.json()["error"]["message"]
 
 
 # No sum in float32 survives it, so that the engine has no token to draw.

@@ -15,11 +15,12 @@ SCOPE = {
     "type": "http",
     "method": "POST",
     "path": "/v1/completions",
-    "headers": [(b"host", b"localhost")],
 }
 
 
-async def ask(parts: list[bytes | None], **options: Any) -> tuple[int, Any]:
+async def ask(
+    parts: list[bytes | None], host: bytes = b"localhost", **options: Any
+) -> tuple[int, Any]:
     """Status and body of a request whose body comes in parts; None never comes."""
     guard = Guard(echo, ServeConfig(**options), Metrics(), lambda path: 10)
     sent: list[Any] = []
@@ -33,7 +34,7 @@ async def ask(parts: list[bytes | None], **options: Any) -> tuple[int, Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await guard(SCOPE, receive, send)
+    await guard(SCOPE | {"headers": [(b"host", host)]}, receive, send)
     return sent[0]["status"], json.loads(b"".join(x.get("body", b"") for x in sent[1:]))
 
 
@@ -63,6 +64,12 @@ def test_a_body_that_is_too_large_is_not_kept() -> None:
     assert body["error"]["code"] == "body_too_large"
 
 
+def test_the_name_of_a_host_has_no_case() -> None:
+    assert asyncio.run(ask([b"1"], host=b"LocalHost:8000"))[0] == 200
+    assert asyncio.run(ask([b"1"], host=b"Proxy.example", hosts=("proxy.Example",)))[0] == 200
+    assert asyncio.run(ask([b"1"], host=b"localhost.example"))[0] == 403
+
+
 def test_a_late_reader_gets_everything_in_one_piece() -> None:
     async def late() -> dict[int, Delta]:
         box = Mailbox(10)
@@ -87,7 +94,7 @@ def test_a_reader_who_is_too_late_is_known() -> None:
     assert asyncio.run(full()) == [True, True, True, False, True]
 
 
-@pytest.mark.parametrize("key", ["", "schlüssel"])
+@pytest.mark.parametrize("key", ["", "schlüssel", "two\nlines"])
 def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match="api_key is empty or not ASCII"):
+    with pytest.raises(ValueError, match="api_key is empty, not ASCII or several lines"):
         ServeConfig(api_key=key)

@@ -240,6 +240,14 @@ WRONG = {
     "embedded": (["data.path=embedded"], "data.path is 'embedded'; expected one path of JSON li"),
     "too-long": (["objective.too_long=wrap"], "too_long is 'wrap'; expected 'cut', 'drop' or 'er"),
     "template": (["objective.template=none"], "objective.template is 'none'; expected one of rel"),
+    "new-tokenizer": (
+        ["data.tokenizer=bpe:300"],
+        "data.tokenizer is 'bpe:300'; expected the one of model.init_from",
+    ),
+    "no-reserved-token": (
+        ["objective.template=reserved"],
+        "the tokenizer has no <reserved_102> and <reserved_103>; expected the released models' voc",
+    ),
     "no-room": (["data.seq=8", "train.tokens_per_step=8"], "all 8 conversations have more than"),
     "named": (
         ["data.seq=16", "train.tokens_per_step=16", "objective.too_long=error"],
@@ -264,6 +272,13 @@ def test_what_cannot_be_trained_is_refused_in_one_line(make_config: MakeConfig, 
     with pytest.raises((ValueError, FileNotFoundError), match=message) as found:
         run_training(make_config(*overrides))
     assert "\n" not in str(found.value)
+
+
+def test_a_template_that_is_no_text_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_bytes(b"{{ eos_token }}\xff")
+    with pytest.raises(ValueError, match=r"own.jinja', which is not UTF-8 at byte 15"):
+        objective_of(make_config(f"objective.template={file}"), tmp_path / "a")
 
 
 def test_adapters_begin_as_the_base_and_train_alone(

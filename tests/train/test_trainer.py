@@ -190,6 +190,30 @@ def test_gradient_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> N
     assert len(read_records(Path(config.output.dir) / "metrics.jsonl")) == 2
 
 
+def test_a_step_that_is_not_finite_is_neither_recorded_nor_saved(make_config: MakeConfig) -> None:
+    # The optimizer has made its update before the host reads the figures.
+    class Poison(OneProcess):
+        steps = 0
+
+        def after_backward(self, model: Decoder) -> None:
+            self.steps += 1
+            if self.steps == 3:
+                model.embedding.weight.grad[0, 0] = math.nan
+
+    config = make_config("train.save_every=1", "train.keep_last=0")
+    with pytest.raises(TrainingDiverged, match=r"grad_norm is nan at step 3; .*step_00000002"):
+        run_training(config, sync=Poison())
+    run = Path(config.output.dir)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_00000001", "step_00000002"]
+    run_training(config, resume=True)
+    broken = [row["loss"] for row in read_records(run / "metrics.jsonl")]
+    plain = make_config("train.save_every=1", f"output.dir={run.parent / 'plain'}")
+    run_training(plain)
+    rows = read_records(Path(plain.output.dir) / "metrics.jsonl")
+    assert broken == [row["loss"] for row in rows]
+
+
 @pytest.mark.parametrize("save_every", [0, 2])
 def test_parameters_that_are_not_finite_are_never_saved(
     make_config: MakeConfig, save_every: int

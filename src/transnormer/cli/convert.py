@@ -34,12 +34,13 @@ def convert(
     if to == "onnx" and dtype not in (None, "float32"):
         raise ValueError(f"--dtype is {dtype!r}; expected float32, the one of an ONNX step")
     from transnormer.data.tokenizers import load_tokenizer
-    from transnormer.export.model_card import write_card
+    from transnormer.export.model_card import card_for, write_card
     from transnormer.models import checkpoint
 
     model = checkpoint.load(source, dtype=common.resolve_dtype(dtype))
     tokenizer_file = checkpoint.find_tokenizer(source)
     tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
+    card = card_for(target, model, source, to)
     if to == "hf":
         try:
             from transnormer.hf.export import export
@@ -56,7 +57,7 @@ def convert(
         checkpoint.save(model, target, layout="released" if to == "released" else "transnormer")
         if tokenizer is not None:
             tokenizer.save(target)
-    write_card(target, model, source, to)
+    write_card(target, card)
     if as_json:
         common.print_json(
             {

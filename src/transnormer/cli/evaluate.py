@@ -1,5 +1,6 @@
 """`transnormer eval`: how well a model predicts a text, and how it does on tasks."""
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -123,10 +124,14 @@ def evaluate(
         raise FileNotFoundError(
             f"--output is {output}; expected a file in a directory that exists; make {output.parent}"
         )
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output is {output}, a directory; expected a file; name one in it")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; expected at least 1")
     if text is not None:
         options = {"data": data, "limit": limit, "num-fewshot": num_fewshot, "lengths": lengths}
         _check_alone({**options, "seed": seed, "harness": harness or None})
-        _score_text(checkpoint, text, tokenizer, device, dtype, output, as_json)
+        _score_text(checkpoint, text, batch_size, tokenizer, device, dtype, output, as_json)
         return
     directory, places = _places(data or [])
     settings = _Settings(
@@ -158,6 +163,7 @@ def _check_alone(options: dict[str, object]) -> None:
 def _score_text(
     checkpoint: str,
     text: str,
+    batch_size: int,
     tokenizer: str | None,
     device: str,
     dtype: str | None,
@@ -165,13 +171,15 @@ def _score_text(
     as_json: bool,
 ) -> None:
     from transnormer.data import read_documents
-    from transnormer.eval.perplexity import score_texts
+    from transnormer.eval.perplexity import NO_NUMBER, score_texts
 
     texts = [document.text for document in read_documents(text, name="--text")]
     model = common.open_model(checkpoint, device, dtype)
     words = common.open_tokenizer(checkpoint, tokenizer, model)
     with common.TokenProgress("scoring") as progress:
-        score = score_texts(model, words, texts, progress=progress.advance)
+        score = score_texts(model, words, texts, rows=batch_size, progress=progress.advance)
+    if math.isnan(score.nats_per_token):
+        raise ValueError(NO_NUMBER)
     if not as_json:
         common.write_line(f"documents       {len(texts):,}")
         common.write_line(f"tokens          {score.tokens:,}")
@@ -183,10 +191,20 @@ def _score_text(
 
 def _finish(facts: dict[str, Any], output: Path | None, as_json: bool) -> None:
     """Write the facts where they are wanted."""
+    facts = _finite(facts)
     if output is not None:
         write_json(facts, output)
     if as_json:
         common.print_json(facts)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has not: an infinite perplexity, for one."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _names(tasks: str) -> list[str]:
@@ -233,10 +251,18 @@ def _check(settings: _Settings) -> None:
 
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"--limit is {settings.limit}; expected at least 1")
-    if settings.batch_size < 1:
-        raise ValueError(f"--batch-size is {settings.batch_size}; expected at least 1")
     if settings.harness:
+        if settings.lengths is not None:
+            raise ValueError(
+                "--lengths is given beside --harness; expected a recall suite without it"
+            )
         return
+    idle = [name for name in settings.places if name not in settings.tasks]
+    if idle:
+        raise ValueError(
+            f"--data names {', '.join(idle)}; expected the tasks that are run: "
+            f"{', '.join(settings.tasks)}"
+        )
     unknown = [name for name in settings.tasks if name not in FILE_TASKS and name not in SUITES]
     if unknown:
         raise ValueError(

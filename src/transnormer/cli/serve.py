@@ -1,5 +1,6 @@
 """`transnormer serve`: a model behind OpenAI's interface, and a page to talk to it."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -72,6 +73,8 @@ def serve(
     /v1/completions, /v1/models, /health, /metrics and a description at /openapi.json. Ctrl-C ends
     it once running answers are out, or after ten seconds.
     """
+    if not math.isfinite(max_body_mb):
+        raise ValueError(f"max_body_mb is {max_body_mb}; expected a finite number above 0")
     values = {
         "host": host,
         "port": port,

@@ -54,6 +54,8 @@ TEMPLATES = {
     ),
     "plain": PLAIN,
 }
+# The tokens that the template "reserved" writes: to a vocabulary without them they are mere text.
+RESERVED = frozenset({"<reserved_102>", "<reserved_103>"})
 
 # Code points that are no characters, so that text seldom holds them.
 _MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"
@@ -193,6 +195,8 @@ class ChatTemplate:
             before = self.render(shielded[:index])
             through = self.render(shielded[: index + 1], add_generation_prompt=False)
             if not (text.startswith(through) and through.startswith(before)):
+                if not through.startswith(before):
+                    self._refuse_asking(shielded[:index], through)
                 raise ValueError(
                     f"{self._name} writes messages[{index}] otherwise once others follow; expected "
                     "one that only adds text; take another for training"
@@ -205,6 +209,15 @@ class ChatTemplate:
             at = len(through)
         rest = self._ids(text[at:], mark, inside=self._is_text(ids))
         return Encoded(ids + rest, answers + [False] * len(rest))
+
+    def _refuse_asking(self, asked: list[dict[str, Any]], through: str) -> None:
+        """Raise ValueError where only what add_generation_prompt writes is not in the answer."""
+        if through.startswith(self.render(asked, add_generation_prompt=False)):
+            raise ValueError(
+                f"{self._name} begins messages[{len(asked)}] otherwise than the answer that it asks "
+                "for; expected add_generation_prompt to write what answers begin with; take "
+                "another for training"
+            )
 
     def _told(self, answer: list[int]) -> int:
         """How many of an answer's ids there are up to its end-of-text token."""

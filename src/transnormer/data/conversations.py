@@ -142,7 +142,8 @@ def check_messages(messages: Any, *, name: str, answered: bool = True) -> tuple[
 
 def _text(where: str, field: str, value: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or may_be_empty):
-        raise ValueError(f"{where}: {field} is {value!r}; expected a text that is not empty")
+        what = "a text, or none of the field" if may_be_empty else "a text that is not empty"
+        raise ValueError(f"{where}: {field} is {value!r}; expected {what}")
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise ValueError(
             f"{where}: {field} holds a lone surrogate; expected text that UTF-8 can hold; remove it"

@@ -22,6 +22,7 @@ def generate_texts(
     sampling: SamplingConfig = _GREEDY,
     seed: int = 0,
     rows: int = 8,
+    begin: bool = True,
 ) -> list[str]:
     """Continue texts, each behind a begin-of-text token; the results end before a stop text.
 
@@ -37,6 +38,7 @@ def generate_texts(
         sampling: how tokens are drawn; greedy by default.
         seed: prompt i draws with seed + i.
         rows: prompts that run at once.
+        begin: False leaves the begin-of-text token out; a prompt without a token has it anyway.
     """
     first_id = begin_id(model, tokenizer)
     # A slot's share of reading is a piece of a long prompt, so that memory is bounded.
@@ -46,7 +48,7 @@ def generate_texts(
     for index, ids in enumerate(tokenizer.encode_batch(prompts)):
         text = StopText(tokenizer, stop, from_start=not ids)
         request = engine.submit(
-            [first_id, *ids],
+            [first_id, *ids] if begin or not ids else ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed + index,

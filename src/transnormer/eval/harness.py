@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from transnormer.data.tokenizers import Tokenizer, load_tokenizer
 from transnormer.eval.generation import generate_texts
 from transnormer.eval.likelihood import score_continuations
-from transnormer.eval.perplexity import score_tokens
+from transnormer.eval.perplexity import checked, score_tokens
 from transnormer.eval.scorer import SHOT_SEED
 from transnormer.eval.tasks import FILE_TASKS
 from transnormer.infer.sampling import SamplingConfig
@@ -46,8 +46,8 @@ class TransnormerLM(TemplateLM):
     """A decoder of this package under the harness's interface.
 
     A context is read once for all its continuations, documents are scored with a carried state and
-    no window, generation runs on the engine. Every text begins with the model's begin-of-text token
-    unless ``add_bos`` is off.
+    no window, generation runs on the engine. Every context begins with the model's begin-of-text
+    token unless ``add_bos`` is off; an empty one, and whole documents, always do.
     """
 
     def __init__(
@@ -141,7 +141,9 @@ class TransnormerLM(TemplateLM):
         filled = [text for text in texts if text]
         documents = self.words.encode_batch(filled)
         scores = iter(
-            score_tokens(self.model, documents, first_id=self._first_id, rows=self.batch_size)
+            checked(
+                score_tokens(self.model, documents, first_id=self._first_id, rows=self.batch_size)
+            )
             if documents
             else ()
         )
@@ -169,6 +171,7 @@ class TransnormerLM(TemplateLM):
                 max_new_tokens=length,
                 sampling=sampling,
                 rows=self.batch_size,
+                begin=self.add_bos,
             )
             for index, text in zip(group, texts, strict=True):
                 answers[index] = text

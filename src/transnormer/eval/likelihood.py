@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transnormer.eval.perplexity import NO_NUMBER
 from transnormer.infer.prompts import checked_ids
 from transnormer.infer.reading import advance, read
 from transnormer.models.decoder import Decoder
@@ -70,7 +71,7 @@ def score_continuations(
 
     Raises:
         ValueError: an empty context or continuation, an id beyond the vocabulary, rows below 1, a
-            model that is not causal.
+            model that is not causal, or whose logits are no numbers.
     """
     check_causal(model)
     if rows < 1:
@@ -166,6 +167,9 @@ def _token_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability, float64 [n], of labels [n] under logits [n, vocab_size], and hits [n]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    # The likeliest of such answers would be the first one, which looks like a figure.
+    if chosen.isnan().any():
+        raise ValueError(NO_NUMBER)
     return chosen.double(), logits.argmax(-1) == labels
 
 

@@ -22,6 +22,12 @@ _LOGITS = 2**24
 _LONGEST_CHUNK = 2048
 
 
+NO_NUMBER = (
+    "a log-likelihood is nan; expected a number; the weights hold NaN or infinity, or their dtype is "
+    "too narrow: take float32"
+)
+
+
 class Score(NamedTuple):
     """Sum of the negative log-likelihoods of a document's tokens, and their number."""
 
@@ -103,9 +109,10 @@ def score_texts(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
+    rows: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> TextScore:
-    """Score texts, each a document of its own, and sum up.
+    """Score texts, each a document of its own, ``rows`` at a time, and sum up.
 
     Raises:
         ValueError: no text that has a byte, a tokenizer with ids beyond the model's vocabulary.
@@ -117,9 +124,17 @@ def score_texts(
         model,
         tokenizer.encode_batch(texts),
         first_id=begin_id(model, tokenizer),
+        rows=rows,
         progress=progress,
     )
     return text_score(scores, sum(len(text.encode()) for text in texts))
+
+
+def checked(scores: list[Score]) -> list[Score]:
+    """The scores; raises ValueError for one that is no number, which only a broken model gives."""
+    if any(math.isnan(score.nats) for score in scores):
+        raise ValueError(NO_NUMBER)
+    return scores
 
 
 def text_score(scores: Sequence[Score], num_bytes: int) -> TextScore:

@@ -12,7 +12,7 @@ from transnormer.eval import metrics
 from transnormer.eval.generation import generate_texts
 from transnormer.eval.likelihood import Likelihood, Progress, score_continuations
 from transnormer.eval.metrics import Figure
-from transnormer.eval.perplexity import score_tokens
+from transnormer.eval.perplexity import checked, score_tokens
 from transnormer.eval.prompts import Shots, encode_requests
 from transnormer.eval.tasks import FILE_TASKS, Answer, Choices, Ending, Item, Page, find_data
 from transnormer.infer.text import begin_id
@@ -210,7 +210,7 @@ def _page_figures(
     model: Decoder, tokenizer: Tokenizer, pages: Sequence[Page], first_id: int, rows: int
 ) -> dict[str, Figure]:
     documents = tokenizer.encode_batch([page.text for page in pages])
-    scores = score_tokens(model, documents, first_id=first_id, rows=rows)
+    scores = checked(score_tokens(model, documents, first_id=first_id, rows=rows))
     logprobs = [-score.nats for score in scores]
     words = [float(count_words(page)) for page in pages]
     num_bytes = [float(len(page.original.encode())) for page in pages]

@@ -19,23 +19,26 @@ from transnormer.train.run_directory import CONFIG, RESOLVED
 CARD = "README.md"
 
 
-def write_card(directory: Path, model: Decoder, source: str | Path, layout: str) -> None:
-    """Put a card beside a model that was written.
+def card_for(directory: Path, model: Decoder, source: str | Path, layout: str) -> bytes:
+    """The card of a model that is to be written; read before that, since it may replace its source.
 
     Args:
         directory: of the model.
-        model: what was written.
+        model: what is written.
         source: where it came from, as ``load`` takes it. A run, or a step of one, fills the card; a
             card beside any other source goes along as it is.
         layout: "transnormer", "released", "hf" or "onnx".
     """
-    origin = find_model(source)
+    origin = find_model(source).resolve()
     run_dir = _run_of(origin)
     if run_dir is None and (origin / CARD).is_file():
-        text = (origin / CARD).read_text(encoding="utf-8")
-    else:
-        text = card(directory.name, model, layout, origin, run_dir)
-    write_atomic(directory / CARD, text.encode())
+        return (origin / CARD).read_bytes()
+    return card(directory.resolve().name, model, layout, origin, run_dir).encode()
+
+
+def write_card(directory: Path, text: bytes) -> None:
+    """Put a card beside a model that was written."""
+    write_atomic(directory / CARD, text)
 
 
 def card(name: str, model: Decoder, layout: str, origin: Path, run_dir: Path | None) -> str:
@@ -48,23 +51,24 @@ def card(name: str, model: Decoder, layout: str, origin: Path, run_dir: Path | N
         origin: the directory that the weights were read from.
         run_dir: of the run that made them; None says that nothing is known of their training.
     """
+    # Not validated: the run may be of another release, whose keys are no longer these.
+    config = {} if run_dir is None else read_json(run_dir / CONFIG)
     rows = [] if run_dir is None else _evaluations(run_dir, origin)
+    heldout = _heldout(config)
     task = "text-generation" if model.config.causal else "fill-mask"
-    parts = [_header(name, task, rows), f"# {name}", _summary(model)]
+    parts = [_header(name, task, rows, heldout), f"# {name}", _summary(model)]
     parts += ["## Model", _model(model, layout)]
     if run_dir is None:
         parts += [
             "## Training",
-            "These weights were converted from another layout, and nothing beside them says what they "
-            "were trained on, how, and with what result.",
+            "These weights were converted from others, and nothing beside them says what they were "
+            "trained on, how, and with what result.",
         ]
     else:
-        # Not validated: the run may be of another release, whose keys are no longer these.
-        config = read_json(run_dir / CONFIG)
         resolved = config.pop(RESOLVED)
         parts += ["## Training data", _data(config, resolved, run_dir, origin)]
         parts += ["## Recipe", _recipe(config, resolved)]
-        parts += ["## Metrics", _metrics(rows, run_dir, origin)]
+        parts += ["## Metrics", _metrics(rows, heldout, origin)]
     use = _use(name, layout, causal=model.config.causal)
     parts += ["## Use", f"```python\n{use}\n```", "## Limits", _LIMITS]
     return "\n\n".join(parts) + "\n"
@@ -115,14 +119,27 @@ def _figures(row: dict[str, Any]) -> dict[str, float]:
     return {k: x for k, x in row.items() if isinstance(x, float) and k != "seconds"}
 
 
-def _header(name: str, task: str, rows: list[dict[str, Any]]) -> str:
+def _heldout(config: dict[str, Any]) -> str:
+    """What the evaluations of a run are of."""
+    given = config.get("data", {}).get("heldout")
+    if isinstance(given, str):
+        return f"held-out texts of {_shown(given)}"
+    return "held-out part of the training data"
+
+
+def _shown(text: str) -> str:
+    """A text of a configuration; of a path of the machine only its end says anything to others."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def _header(name: str, task: str, rows: list[dict[str, Any]], heldout: str) -> str:
     """The YAML header; JSON strings are YAML's too."""
     lines = ["---", "library_name: transnormer", f"pipeline_tag: {task}"]
     lines += ["tags:", "- linear-attention", "- transnormer"]
     if rows:
         lines += ["model-index:", f"- name: {json.dumps(name)}", "  results:", "  - task:"]
         lines += [f"      type: {task}", "    dataset:", "      type: held-out"]
-        lines += ["      name: held-out part of the training data", "    metrics:"]
+        lines += [f"      name: {json.dumps(heldout)}", "    metrics:"]
         for key, value in _figures(rows[-1]).items():
             lines += [f"    - type: {key}", f"      value: {value!r}"]
     return "\n".join([*lines, "---"])
@@ -168,8 +185,8 @@ def _data(config: dict[str, Any], resolved: dict[str, Any], run_dir: Path, origi
     data = config.get("data", {})
     paths = data.get("path", [])
     paths = [paths] if isinstance(paths, str) else paths
-    # Of a path of the machine that trained only its end says anything to others.
-    named = ", ".join(f"`{Path(x).name if Path(x).is_absolute() else x}`" for x in paths)
+    named = ", ".join(f"`{_shown(x)}`" for x in paths)
+    given = data.get("tokenizer")
     steps = [x for x in read_records(run_dir / METRICS) if x["step"] <= _step_of(origin)]
     read = [x["tokens"] for x in steps if "tokens" in x]
     tokens = resolved.get("training_tokens", [])
@@ -179,8 +196,8 @@ def _data(config: dict[str, Any], resolved: dict[str, Any], run_dir: Path, origi
             "tokens of the corpus": ", ".join(f"{n:,}" for n in tokens) or "not counted",
             "tokens read": f"{read[-1]:,}" if read else "0",
             "sequence": f"{data['seq']:,} tokens" if "seq" in data else "unknown",
-            "tokenizer": f"`{data.get('tokenizer')}`, fingerprint "
-            f"`{str(resolved.get('tokenizer'))[:16]}`",
+            "tokenizer": ("" if given is None else f"`{_shown(given)}`, ")
+            + f"fingerprint `{str(resolved.get('tokenizer'))[:16]}`",
         }
     )
 
@@ -188,13 +205,16 @@ def _data(config: dict[str, Any], resolved: dict[str, Any], run_dir: Path, origi
 def _recipe(config: dict[str, Any], resolved: dict[str, Any]) -> str:
     lines = []
     for table, entries in config.items():
-        # Where the files lay says nothing to others; the corpus has a section of its own.
-        if entries and table not in ("data", "output"):
+        # Where the run lay says nothing to others.
+        if entries and table != "output":
             lines.append(f"[{table}]")
             lines += [f"{key} = {_toml(x)}" for key, x in entries.items() if x is not None]
     text = "\n".join(lines)
     where = f"on {resolved.get('device', 'an unknown device')} in {resolved.get('precision')}"
-    return f"Trained {where}, with every key of its run file:\n\n```toml\n{text}\n```"
+    return (
+        f"Trained {where}, with every key of its run file but `output`; of absolute paths the last "
+        f"part is given:\n\n```toml\n{text}\n```"
+    )
 
 
 def _toml(value: Any) -> str:
@@ -204,10 +224,10 @@ def _toml(value: Any) -> str:
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list):
         return f"[{', '.join(_toml(x) for x in value)}]"
-    return json.dumps(value)
+    return json.dumps(_shown(value) if isinstance(value, str) else value)
 
 
-def _metrics(rows: list[dict[str, Any]], run_dir: Path, origin: Path) -> str:
+def _metrics(rows: list[dict[str, Any]], heldout: str, origin: Path) -> str:
     if not rows:
         return "The run made no evaluation up to this step."
     names = list(_figures(rows[-1]))
@@ -218,7 +238,7 @@ def _metrics(rows: list[dict[str, Any]], run_dir: Path, origin: Path) -> str:
         lines.append(f"| {row['step']} | {' | '.join(cells)} |")
     last = rows[-1]
     over = f" ({last['bytes']:,} bytes)" if "bytes" in last else ""
-    text = f"On the held-out part of the training data{over}, at its first and last evaluation:"
+    text = f"On the {heldout}{over}, at its first and last evaluation:"
     if last["step"] < _step_of(origin):
         text += f" The weights are of step {_step_of(origin)}, after the last of them."
     return text + "\n\n" + "\n".join(lines)

@@ -133,7 +133,7 @@ def checked_state(
             for x, y in zip(tensors_of(layer), tensors_of(like), strict=True):
                 fixed = x.shape[1:] if y.shape[1] else x.shape[2:]
                 wanted = y.shape[1:] if y.shape[1] else y.shape[2:]
-                if x.shape[0] != 1 or fixed != wanted:
+                if x.dim() != y.dim() or x.shape[0] != 1 or fixed != wanted:
                     raise ValueError(
                         f"state.layers[{i}] has shape {list(x.shape)}; expected "
                         f"{[1, *y.shape[1:]]}, one row of this model's"

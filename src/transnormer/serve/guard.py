@@ -107,7 +107,9 @@ class Guard:
         if not self._config.local:
             return
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        if name not in (*LOOPBACK, *self._config.hosts):
+        names = (*LOOPBACK, *self._config.hosts)
+        # Names of hosts have no case.
+        if name.lower() not in map(str.lower, names):
             raise ApiError(
                 403,
                 f"the Host header is {host[:80]!r}; expected the name of this machine; start the "

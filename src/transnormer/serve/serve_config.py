@@ -27,7 +27,7 @@ class ServeConfig(Config):
     max_body_bytes: int = Field(default=4 << 20, ge=1)
     """Size of a request; a larger one is refused before it is read to its end."""
     body_seconds: float = Field(default=30.0, gt=0)
-    """Time for a request to arrive."""
+    """Time for a request to arrive, its head and its body each."""
     request_seconds: float = Field(default=600.0, gt=0)
     """Time for an answer, the wait for a slot included."""
     send_seconds: float = Field(default=30.0, gt=0)
@@ -49,8 +49,12 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _key(self) -> Self:
-        if self.api_key is not None and not (self.api_key and self.api_key.isascii()):
-            raise ValueError("api_key is empty or not ASCII; expected one line of ASCII characters")
+        key = self.api_key
+        # Other characters, line ends among them, are in no header: nobody could send the key.
+        if key is not None and not (key and key.isascii() and key.isprintable()):
+            raise ValueError(
+                "api_key is empty, not ASCII or several lines; expected one line of ASCII characters"
+            )
         return self
 
     @property

@@ -19,6 +19,7 @@ from transnormer.infer.sampling import SamplingConfig
 from transnormer.infer.text import begin_id
 from transnormer.models.decoder import Decoder
 from transnormer.serve.app import create_app
+from transnormer.serve.connection import closes_idle
 from transnormer.serve.metrics import Metrics
 from transnormer.serve.serve_config import ServeConfig
 from transnormer.serve.service import Service
@@ -141,6 +142,7 @@ def run(app: FastAPI, config: ServeConfig, announce: Callable[[str], None]) -> N
 
     Raises:
         OSError: the address cannot be used.
+        ValueError: the host has no address.
     """
     with _listening(config) as listener:
         server = _Server(
@@ -148,6 +150,7 @@ def run(app: FastAPI, config: ServeConfig, announce: Callable[[str], None]) -> N
                 app,
                 host=config.host,
                 log_level="warning",
+                http=closes_idle(config.body_seconds),
                 access_log=False,
                 ws="none",
                 lifespan="on",
@@ -168,6 +171,11 @@ def _listening(config: ServeConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
+    except (socket.gaierror, UnicodeError) as error:
+        listener.close()
+        raise ValueError(
+            f"host is {config.host!r}; expected a name or an address of this machine ({error})"
+        ) from error
     except OSError as error:
         listener.close()
         error.filename = f"{config.host}:{config.port}"

@@ -16,6 +16,9 @@ from transnormer.models.state import DecoderState
 from transnormer.nn.state import tensors_of
 from transnormer.serve.errors import ApiError, Reply
 
+# Positions from here on are no exact numbers in float64, nor far from the end of int64.
+_MAX_TOKENS = 2**53
+
 
 class StateInfo(Reply):
     """A state that the server keeps."""
@@ -158,7 +161,8 @@ class StateFiles:
         """A state from the bytes of a file.
 
         Raises:
-            ApiError: no state, one of another model, of several rows, or with NaN.
+            ApiError: no state, one of another model, of several rows, with NaN, or with a count of
+                tokens that cannot be.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.safetensors"
@@ -170,6 +174,13 @@ class StateFiles:
                 raise ApiError(400, message, code="invalid_state") from error
         if state.positions.shape != (1,):
             raise ApiError(400, f"the state has {len(state.positions)} rows; expected one")
+        if not 0 <= int(state.positions[0]) < _MAX_TOKENS:
+            raise ApiError(
+                400,
+                f"the state has read {int(state.positions[0])} tokens; expected at least 0 and less "
+                f"than {_MAX_TOKENS}",
+                code="invalid_state",
+            )
         finite = [x.isfinite().all() for layer in state.layers for x in tensors_of(layer)]
         if not bool(torch.stack(finite).all()):
             raise ApiError(400, "the state holds NaN or infinity; expected finite numbers")

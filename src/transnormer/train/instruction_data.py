@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from transnormer.config import Config, validate
 from transnormer.data import Tokenizer, load_tokenizer
-from transnormer.data.chat_template import TEMPLATES, ChatTemplate, template_for
+from transnormer.data.chat_template import RESERVED, TEMPLATES, ChatTemplate, template_for
 from transnormer.data.conversations import Example, encode_example, read_examples
 from transnormer.data.corpus import DEFAULT_HELDOUT, HELDOUT_NAME
 from transnormer.data.documents import find_files
@@ -71,7 +71,11 @@ def _prepare(config: RunConfig, folder: Path, tell: Callable[[str], None]) -> No
     objective = config.objective
     assert isinstance(objective, InstructionConfig)
     tokenizer = given_tokenizer(config)
-    assert tokenizer is not None
+    if tokenizer is None:
+        raise ValueError(
+            f"data.tokenizer is {config.data.tokenizer!r}; expected the one of model.init_from, "
+            "which no new one can replace; leave it out"
+        )
     config.model.rows(tokenizer.vocab_size)
     if tokenizer.eos_id is None:
         raise ValueError(
@@ -101,6 +105,12 @@ def _template(objective: InstructionConfig, tokenizer: Tokenizer) -> ChatTemplat
     named = objective.template
     if named is None:
         return template_for(tokenizer, DEFAULT_TEMPLATE)
+    if named == "reserved" and not tokenizer.special_tokens.keys() >= RESERVED:
+        raise ValueError(
+            "objective.template is 'reserved', and the tokenizer has no "
+            f"{' and '.join(sorted(RESERVED))}; expected the released models' vocabulary; take "
+            "another template"
+        )
     if named in TEMPLATES:
         return ChatTemplate(TEMPLATES[named], tokenizer)
     path = Path(named)
@@ -109,7 +119,14 @@ def _template(objective: InstructionConfig, tokenizer: Tokenizer) -> ChatTemplat
             f"objective.template is {named!r}; expected one of {', '.join(TEMPLATES)}, or a jinja2 "
             "file; check the path"
         )
-    return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer, name=named)
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"objective.template is {named!r}, which is not UTF-8 at byte {error.start}; expected "
+            "a jinja2 file in UTF-8; convert it"
+        ) from error
+    return ChatTemplate(source, tokenizer, name=named)
 
 
 def _read_parts(config: RunConfig, objective: InstructionConfig) -> dict[str, Sequence[Example]]:

@@ -116,8 +116,10 @@ def _fenced(lines: list[str], start: int) -> int | None:
 
 
 def _indented(lines: list[str], *, blank: bool) -> list[bool]:
-    flags = []
+    flags: list[bool] = []
     code = blank
+    # Blank lines between two lines of code are of it.
+    last = -1
     for line in lines:
         if "!" <= line[:1] <= "~":
             # Most lines: neither empty nor indented.
@@ -126,7 +128,10 @@ def _indented(lines: list[str], *, blank: bool) -> list[bool]:
             continue
         empty = not line.strip()
         inside = (line[:4] == "    " or line[:1] == "\t") and not empty and (blank or code)
+        if inside and code and 0 <= last < len(flags):
+            flags[last:] = [True] * (len(flags) - last)
         flags.append(inside)
+        last = len(flags) if inside else last
         if not empty:
             code = inside
         blank = empty

@@ -14,7 +14,7 @@ import ftfy
 import numpy as np
 from ftfy.badness import badness, is_bad
 
-from transnormer.clean.rules.markup import MARK
+from transnormer.clean.rules.markup import MARK, restore, shelter
 from transnormer.clean.words import code_points
 
 # Controls but tab and line feed; zero-width and direction signs, soft hyphens, specials,
@@ -207,5 +207,13 @@ def plain_numbers(text: str) -> tuple[str, int]:
 
 
 def tidy_lines(text: str) -> str:
-    """At most one blank line in a row, none at the ends."""
-    return _BLANK_LINES.sub("\n\n", text).strip("\n")
+    """At most one blank line in a row, none at the ends; those within code and formulas stay."""
+    if _BLANK_LINES.search(text):
+        text, kept = shelter(text)
+        # The end of a sheltered line is seen as one.
+        pieces = text.split(MARK)
+        for place, part in enumerate(kept):
+            if part.endswith("\n"):
+                kept[place], pieces[place + 1] = part[:-1], "\n" + pieces[place + 1]
+        text = restore(_BLANK_LINES.sub("\n\n", MARK.join(pieces)), kept)
+    return text.strip("\n")
