@@ -18,6 +18,9 @@ from typing import IO, Any
 COMPRESSED_SUFFIXES = (".xz", ".gz", ".zst")
 # Four bytes of zstd may say 128 kB, and what a block says is in memory at once: 32 MB.
 _ZST_BLOCK = 1 << 10
+_XZ_BLOCK = 1 << 16
+# What unpacking .xz may take: `xz -9` wants 65 MiB, a header may ask for 4 GiB.
+_XZ_BYTES = 192 << 20
 
 
 def sha256(path: Path) -> str:
@@ -133,7 +136,7 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
 def _open(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".xz":
-        return lzma.open(path, "rb")
+        return io.BufferedReader(_XzReader(path), _XZ_BLOCK)
     if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(path, "rb"))
     if suffix == ".zst":
@@ -149,6 +152,47 @@ def _open_zst(path: Path) -> IO[bytes]:
             f"{path} needs zstandard; run: pip install 'transnormer[zstd]'"
         ) from error
     return io.BufferedReader(_ZstReader(zstandard, path))
+
+
+class _XzReader(io.RawIOBase):
+    """A .xz file as a stream of bytes, in bounded memory; a cut one raises EOFError."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_BYTES)
+        # At least one stream is there.
+        self._inside = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._decompressor.eof:
+                data = self._decompressor.unused_data
+                self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_BYTES)
+                self._inside = False
+            if not data and self._decompressor.needs_input:
+                data = self._file.read(_XZ_BLOCK)
+                if not data:
+                    if self._inside:
+                        raise EOFError("it ends within a stream")
+                    return 0
+            if not self._inside:
+                # Zeros may stand between streams and behind the last one.
+                data = data.lstrip(b"\0")
+                if not data:
+                    continue
+            self._inside = True
+            found = self._decompressor.decompress(data, len(buffer))
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _ZstReader(io.RawIOBase):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,6 +95,32 @@ def test_a_damaged_archive_is_named_once_and_its_head_read(compress, tmp_path: P
         assert sorted(ids) == list(range(len(ids)))
 
 
+def test_an_archive_that_asks_for_a_gigabyte_is_named_before_it_gets_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 30}]
+    path.write_bytes(lzma.compress(b'{"text": "x"}\n', filters=filters))
+    (item,) = read_all(path)
+    assert item.out == QUARANTINED
+    assert "Memory usage limit exceeded" in item.why["reason"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", bytes(64), lzma.compress(b"{}\n") + b"more"], ids=str.split("empty zeros more")
+)
+def test_what_is_no_archive_of_streams_is_named(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(data)
+    assert "is damaged" in read_all(path)[-1].why["reason"]
+
+
+@pytest.mark.parametrize("between", [b"", b"\0" * 8])
+def test_an_archive_may_have_several_streams(between: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    line = json.dumps({"text": "x" * 100_000}).encode() + b"\n"
+    path.write_bytes(lzma.compress(line) + between + lzma.compress(line, preset=9) + between)
+    assert [len(item.text) for item in read_all(path)] == [100_000, 100_000]
+
+
 def test_texts_pages_and_archives_of_pages_are_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("plain")
     (tmp_path / "b.html").write_text("<html><body><p>page</p></body></html>")
@@ -149,6 +176,13 @@ def test_bad_input_is_quarantined_by_name(tmp_path: Path) -> None:
     bad = f"{tmp_path / 'in' / 'b.jsonl'}:1"
     assert where_ids_went(tmp_path / "out") == {"good": "clean", bad: "quarantined"}
     assert report["reasons"] == {"read: not JSON": 1}
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_text("x")
+    with pytest.raises(ValueError, match=r"input.path holds .*udcff.txt'; expected names of files"):
+        read_all(tmp_path)
 
 
 def test_nothing_to_read_is_an_error_that_names_the_path(tmp_path: Path) -> None:

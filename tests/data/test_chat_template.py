@@ -34,6 +34,22 @@ def test_the_reserved_template_writes_the_reserved_tokens() -> None:
     assert tokenizer.decode(ids[2:-1]) == SPEECH[1]["content"]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ tools is none and documents is none }}",
+        "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}",
+        "{{ messages[0] | tojson(ensure_ascii=true, indent=2) }}",
+    ],
+)
+def test_a_template_has_the_names_of_transformers(source: str) -> None:
+    found = ChatTemplate(source, ByteTokenizer()).render([{"role": "user", "content": "線"}])
+    theirs = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template(
+        conversations=[[{"role": "user", "content": "線"}]], chat_template=source
+    )
+    assert found == theirs[0][0]
+
+
 def test_names_of_tokens_in_a_message_stay_text(tokenizer: Tokenizer) -> None:
     names = [*tokenizer.special_tokens, *tokenizer.markers]
     assert "</s>" in names

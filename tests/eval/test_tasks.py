@@ -232,6 +232,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         FILE_TASKS["piqa"].read(file)
 
 
+def test_an_ending_of_marks_alone_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "hellaswag.jsonl"
+    file.write_text('{"query": "a", "choices": ["b", "[step]"], "gold": 0}')
+    with pytest.raises(ValueError, match=r"hellaswag.jsonl:1: choices\[1\] is nothing but marks"):
+        FILE_TASKS["hellaswag"].read(file)
+
+
 def test_a_missing_file_says_where_to_put_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no piqa\.jsonl.*--data piqa=PATH"):
         find_data(FILE_TASKS["piqa"], tmp_path)

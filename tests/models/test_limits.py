@@ -23,7 +23,8 @@ def test_a_device_is_found_by_words_of_its_name() -> None:
     assert find_peak("H100") == ("NVIDIA H100 80GB HBM3", peak_of("NVIDIA H100 80GB HBM3"))
     assert find_peak("a100 80gb")[0] == "NVIDIA A100-SXM4-80GB"
     assert find_peak("h100-pcie")[0] == "NVIDIA H100 PCIe"
-    for unknown in ("abacus", ""):
+    assert find_peak("a10")[0] == "NVIDIA A10"
+    for unknown in ("abacus", "a", ""):
         with pytest.raises(ValueError, match="expected words of one of: NVIDIA H100 80GB HBM3"):
             find_peak(unknown)
 

@@ -175,9 +175,12 @@ def test_a_saved_conversation_goes_on_where_it_was(page: Page, downloads: Path) 
     page.wait(lambda: page.said() == expected[:2])
     page.ask("more")
     assert page.said() == expected
-    (downloads / "other.json").write_text("{}")
-    page.find("file").send_keys(str(downloads / "other.json"))
-    page.wait(lambda: "other.json is not a saved conversation" in page.text("alert"))
+    wrong = [{}, None, {"format": kept["format"], "text": ""}, kept | {"messages": [None]}]
+    for i, other in enumerate(wrong):
+        (downloads / f"other{i}.json").write_text(json.dumps(other))
+        page.find("file").send_keys(str(downloads / f"other{i}.json"))
+        page.wait(lambda i=i: f"other{i}.json is not a saved conversation" in page.text("alert"))
+    assert page.said() == expected
 
 
 def test_a_text_is_continued_in_place(page: Page) -> None:
@@ -194,6 +197,33 @@ def test_a_text_is_continued_in_place(page: Page) -> None:
     longer = page.find("text").get_property("value")
     assert longer.startswith(f"{first} and")
     assert page.text("speed").endswith("tokens/s")
+
+
+def test_a_text_that_a_stop_text_ended_goes_on_from_what_it_shows(page: Page) -> None:
+    def go() -> str:
+        page.click("send")
+        page.idle()
+        return page.find("text").get_property("value")
+
+    def stop_at(text: str) -> None:
+        page.driver.execute_script("document.getElementById('stop').value = arguments[0]", text)
+
+    page.click("mode-text")
+    page.fill("text", "Once")
+    whole = go()
+    stop_at(whole[8])
+    page.driver.execute_script("document.getElementById('new').click()")
+    page.fill("text", "Once")
+    shown = go()
+    assert shown == whole[: whole.index(whole[8], 4)]
+    assert page.text("tokens") != "0 tokens"
+    stop_at("")
+    page.find("text").send_keys(" and")
+    longer = go()
+    asked = {"prompt": f"{shown} and", "max_tokens": 12, "temperature": 0}
+    with httpx.Client(base_url=page.driver.current_url, trust_env=False) as client:
+        answer = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+    assert longer == f"{shown} and{answer}"
 
 
 def test_an_answer_is_stopped_and_remembered(page: Page) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_cases import pieces
 from tolerances import OUTPUT, relative_error
 from train_cases import Crash, CrashAt, assert_same_checkpoint
 
@@ -22,8 +23,10 @@ from transnormer.models import zoo
 from transnormer.models.decoder import Decoder
 from transnormer.train import RunConfig, TrainResult, run_training
 from transnormer.train.adapters import add_adapters, describe_size
+from transnormer.train.instruction_data import _template
 from transnormer.train.lora_config import LoraConfig
 from transnormer.train.metrics import read_records
+from transnormer.train.objective_config import InstructionConfig
 from transnormer.train.objectives import InstructionReport, Setting
 from transnormer.train.objectives.instruction import InstructionObjective, answer_numbers
 
@@ -218,6 +221,21 @@ def test_a_share_is_held_out_by_group(make_config: MakeConfig, tmp_path: Path) -
     assert train.isdisjoint(heldout)
 
 
+def test_lines_on_both_sides_are_told(make_config: MakeConfig, tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    rows = [
+        {"instruction": "sky!", "output": "blue", "group": 3},
+        {"prompt": "a", "completion": "b"},
+    ]
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told: list[str] = []
+    config = make_config(f"data.heldout={heldout}")
+    InstructionObjective(Setting(config, tmp_path / "a", told.append, None, 0, 1))
+    assert [line for line in told if line.startswith("1 held-out conversations stand in")]
+    assert "heldout.jsonl:1" in told[0]
+    objective_of(make_config("data.heldout=0"), tmp_path / "b")
+
+
 def test_a_template_is_named_or_found_beside_the_model(
     make_config: MakeConfig, tmp_path: Path, base: Path
 ) -> None:
@@ -229,8 +247,15 @@ def test_a_template_is_named_or_found_beside_the_model(
     assert found.tokenizer.chat_template == source
     named = make_config(f"model.init_from={own}", "objective.template=released")
     assert objective_of(named, tmp_path / "b").tokenizer.chat_template == TEMPLATES["released"]
+    apart = make_config(f"model.init_from={own}", f"data.tokenizer={base}")
+    assert objective_of(apart, tmp_path / "d").tokenizer.chat_template == source
     file = make_config(f"objective.template={own / 'chat_template.jinja'}")
     assert objective_of(file, tmp_path / "c").tokenizer.chat_template == source
+
+
+def test_the_reserved_tokens_may_be_pieces_of_text() -> None:
+    config = InstructionConfig(template="reserved")
+    assert _template(config, pieces(add_dummy_prefix=False)).source == TEMPLATES["reserved"]
 
 
 WRONG = {

@@ -54,7 +54,8 @@ def file_kind(path: Path) -> str | None:
 def plan_units(pattern: str, part_bytes: int) -> list[Unit]:
     """Cut what a file, a directory or a glob means into parts; the order is that of the names.
 
-    Raises FileNotFoundError where nothing that can be read matches, ValueError for part_bytes.
+    Raises FileNotFoundError where nothing that can be read matches, ValueError for part_bytes and
+    for a file whose name is not UTF-8: documents are named by it.
     """
     if part_bytes < 1:
         raise ValueError(f"input.part_bytes is {part_bytes}; expected at least 1")
@@ -78,6 +79,10 @@ def _cut(path: Path, part_bytes: int) -> list[Unit]:
     kind, size = file_kind(path), path.stat().st_size
     if kind is None:
         return []
+    if not _is_utf8(str(path)):
+        raise ValueError(
+            f"input.path holds {str(path)!r}; expected names of files in UTF-8; rename it"
+        )
     packed = path.suffix.lower() in COMPRESSED_SUFFIXES
     if kind == LINES and not packed:
         starts = list(range(0, max(size, 1), part_bytes))
@@ -90,6 +95,14 @@ def _cut(path: Path, part_bytes: int) -> list[Unit]:
         return [Unit(str(path), kind, 0, size)]
     shares = max(1, -(-size * (_EXPANSION if packed else 1) // part_bytes))
     return [Unit(str(path), kind, 0, size, 0, share, shares) for share in range(shares)]
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lines_before(path: Path, starts: list[int]) -> list[int]:

@@ -45,6 +45,12 @@ _Hosts = Annotated[
 ]
 
 
+def _bytes(max_body_mb: float) -> int:
+    if not math.isfinite(max_body_mb):
+        raise ValueError(f"max_body_mb is {max_body_mb}; expected a finite number above 0")
+    return round(max_body_mb * 2**20)
+
+
 def serve(
     checkpoint: common.Checkpoint,
     host: _Host = "127.0.0.1",
@@ -73,15 +79,13 @@ def serve(
     /v1/completions, /v1/models, /health, /metrics and a description at /openapi.json. Ctrl-C ends
     it once running answers are out, or after ten seconds.
     """
-    if not math.isfinite(max_body_mb):
-        raise ValueError(f"max_body_mb is {max_body_mb}; expected a finite number above 0")
     values = {
         "host": host,
         "port": port,
         "api_key": None if api_key_file is None else common.read_text(api_key_file).strip(),
         "cors_origins": tuple(cors_origin or ()),
         "hosts": tuple(allow_host or ()),
-        "max_body_bytes": round(max_body_mb * 2**20),
+        "max_body_bytes": _bytes(max_body_mb),
         "request_seconds": request_seconds,
         "max_new_tokens": max_new_tokens,
         "max_state_bytes": states_mb * 2**20,

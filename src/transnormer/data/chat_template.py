@@ -77,8 +77,8 @@ class Encoded(NamedTuple):
 class ChatTemplate:
     """A jinja2 template that makes one text of the messages of a conversation.
 
-    It sees what templates of ``transformers``' ``apply_chat_template`` see: messages,
-    add_generation_prompt, bos_token, eos_token, raise_exception, strftime_now and the block
+    It sees what templates of ``transformers``' ``apply_chat_template`` see: messages, tools and
+    documents (None), add_generation_prompt, bos_token, eos_token, raise_exception, strftime_now and the block
     ``generation``, and runs in jinja2's sandbox, where it can change nothing. bos_token is the
     token that texts begin with: eos in vocabularies without bos.
 
@@ -130,7 +130,11 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._names
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._names,
             )
         # A template is a program of somebody's, which may raise anything.
         except Exception as error:
@@ -300,8 +304,16 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _now(form: str) -> str:

@@ -59,9 +59,10 @@ def find_peak(name: str) -> tuple[str, Peak]:
     Raises:
         ValueError: there is none; all names are listed.
     """
-    words = name.lower().replace("-", " ").split()
+    words = set(name.lower().replace("-", " ").split())
     for known, peak in _PEAKS.items():
-        if words and all(word in known.lower().replace("-", " ") for word in words):
+        # Whole words: an A10 is no A100.
+        if words and words <= set(known.lower().replace("-", " ").split()):
             return known, peak
     raise ValueError(
         f"device is {name!r}; expected words of one of: {', '.join(_PEAKS)}; take one of those"

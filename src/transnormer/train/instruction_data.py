@@ -18,6 +18,7 @@ from transnormer.data.packed import ConversationSource, pack, write_conversation
 from transnormer.data.split import split_by_key
 from transnormer.files import atomic_directory, read_json, sha256, write_json
 from transnormer.models import checkpoint
+from transnormer.models.checkpoint import find_tokenizer
 from transnormer.train.adapters import BASE
 from transnormer.train.kept_data import check_unchanged
 from transnormer.train.objective_config import InstructionConfig
@@ -82,8 +83,13 @@ def _prepare(config: RunConfig, folder: Path, tell: Callable[[str], None]) -> No
             "data.tokenizer has no end-of-text token; expected one, which ends every answer; take "
             "another tokenizer and model"
         )
+    if tokenizer.chat_template is None:
+        # data.tokenizer may name the same tokenizer from another place, without the template.
+        beside = find_tokenizer(config.model.init_from or "")
+        tokenizer.chat_template = None if beside is None else load_tokenizer(beside).chat_template
     template = _template(objective, tokenizer)
     parts = _read_parts(config, objective)
+    _tell_shared(parts[_TRAIN], parts[_HELDOUT], tell)
     if any(example.text is None for part in parts.values() for example in part):
         tokenizer.chat_template = template.source
     folder.joinpath(_TOKENIZER).mkdir()
@@ -105,7 +111,7 @@ def _template(objective: InstructionConfig, tokenizer: Tokenizer) -> ChatTemplat
     named = objective.template
     if named is None:
         return template_for(tokenizer, DEFAULT_TEMPLATE)
-    if named == "reserved" and not tokenizer.special_tokens.keys() >= RESERVED:
+    if named == "reserved" and not {*tokenizer.special_tokens, *tokenizer.markers} >= RESERVED:
         raise ValueError(
             "objective.template is 'reserved', and the tokenizer has no "
             f"{' and '.join(sorted(RESERVED))}; expected the released models' vocabulary; take "
@@ -145,6 +151,19 @@ def _read_parts(config: RunConfig, objective: InstructionConfig) -> dict[str, Se
     groups = [example.group for example in examples]
     train, heldout = split_by_key(examples, groups, share, objective.split_seed)
     return {_TRAIN: train, _HELDOUT: heldout}
+
+
+def _tell_shared(
+    train: Sequence[Example], heldout: Sequence[Example], tell: Callable[[str], None]
+) -> None:
+    """Say how many held-out conversations training reads too, where their files share some."""
+    read = {(str(example.messages), example.text) for example in train}
+    shared = [x.name for x in heldout if (str(x.messages), x.text) in read]
+    if shared:
+        tell(
+            f"{len(shared):,} held-out conversations stand in the training part too, the first at "
+            f"{shared[0]}: figures on them say nothing of others"
+        )
 
 
 def _write(

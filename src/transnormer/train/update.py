@@ -94,7 +94,8 @@ class Updater:
         """Make the update after `done`, unless the guard finds a spike.
 
         Raises:
-            TrainingDiverged: see ``Guard.judge``.
+            TrainingDiverged: see ``Guard.judge``. With the guard off the weights have then taken the
+                step that is not finite: who catches it must not save them.
         """
         config, sync = self._config, self._sync
         batches = self._batches.take(done.next_sample)

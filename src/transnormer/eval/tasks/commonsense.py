@@ -55,6 +55,11 @@ def _hellaswag(record: Record) -> Choices:
     if dot and tail[:1].islower() and not tail.endswith((".", "!", "?")):
         query = head + dot + tail.capitalize()
     choices = tuple(_cleaned(choice) for choice in record.texts("choices"))
+    if not all(choices):
+        raise ValueError(
+            f"{record.where}: choices[{choices.index('')}] is nothing but marks; expected some text; "
+            "leave the line out"
+        )
     return _choices(record, _cleaned(query), choices)
 
 
