@@ -63,7 +63,8 @@ def sweep_tiles(
     if block == 128:
         alone = rows * -(-value_dim // 64) <= gpu.processors
         if alone and gpu.shared_memory >= 131_072:
-            return Tiles(64, block, min(values, 64), 4, 3)
+            # Measured: the masks and factors of scalar gates fit in registers at chunks of 32 only.
+            return Tiles(32 if gated else 64, block, min(values, 64), 4, 3)
         return Tiles(32, block, min(values, 64), 4, 5 if backward else 4)
     if block == 256 and dtype == torch.bfloat16:
         return Tiles(16, block, min(values, 64), 4, 3)
