@@ -197,7 +197,9 @@ def test_a_fast_run_follows_the_plain_one_for_200_steps(tmp_path: Path) -> None:
             "model.model_dim=128",
             "data.seq=128",
             "train.tokens_per_step=2048",
-            "optimizer.lr=3e-4",
+            # Little enough that runs do not leave each other by rounding alone: at 3e-4 bfloat16
+            # and float32 runs of plain code differ by 5e-3.
+            "optimizer.lr=1e-4",
             *settings,
             f"output.dir={tmp_path / name}",
         )
