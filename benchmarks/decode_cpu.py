@@ -1,9 +1,10 @@
 """Claim: on a CPU a decoded token costs the same at any context: reading the weights, once.
 
-Prefills a context, then decodes greedily. Rows of a batch share one prefilled context: decoding
-costs the same whatever the tokens are. Prints a table; the last line is JSON, which also goes to
-benchmarks/results/decode_cpu.json. A row's share of the bandwidth is that of reading all weights
-and reading and writing the states in a step, against a copy in the same run.
+Prefills a context, then decodes greedily in the engine's pool, by ``CpuStep`` or, with --plain, by
+the model. Rows of a batch share one prefilled context: decoding costs the same whatever the tokens
+are. Prints a table; the last line is JSON, which also goes to benchmarks/results/decode_cpu.json. A
+row's share of the bandwidth is that of reading all weights and reading and writing the states in a
+step, against copies of the same run, one beside each row.
 
     python benchmarks/decode_cpu.py
     python benchmarks/decode_cpu.py --model tnl-385m --weights int8 --contexts 128 --batches 1
@@ -18,6 +19,7 @@ import harness
 import torch
 from torch import Tensor
 
+from transnormer.infer.pool import FixedPool
 from transnormer.infer.quantize import quantize
 from transnormer.models import zoo
 from transnormer.models.decoder import Decoder, DecoderConfig
@@ -57,19 +59,29 @@ def prefill(model: Decoder, context: int) -> tuple[Tensor, DecoderState, float]:
     return logits[:, -1:].argmax(-1), state, took
 
 
-def decode(model: Decoder, token: Tensor, state: DecoderState, steps: int) -> list[float]:
-    """Seconds of each greedy step."""
-    times = []
+def decode(pool: FixedPool, token: Tensor, steps: int) -> list[float]:
+    """Seconds of each greedy step of all slots."""
+    times, slots = [], list(range(len(token)))
     for _ in range(steps):
         start = time.perf_counter()
-        out = model(token, state=state)
-        token, state = out.logits[:, -1:].argmax(-1), out.state
+        token = pool.decode(token, slots, len(slots))[:, -1:].argmax(-1)
         times.append(time.perf_counter() - start)
     return times
 
 
+def copy_gb_per_s() -> float:
+    """Bytes read and written a second by a copy, now: the best of some."""
+    source = torch.ones(100_000_000, dtype=torch.uint8)
+    target, times = torch.empty_like(source), []
+    for _ in range(8):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.numel() / min(times) / 1e9
+
+
 def measure(
-    model: Decoder, contexts: list[int], batches: list[int], steps: int, gb_per_s: float
+    model: Decoder, contexts: list[int], batches: list[int], steps: int, *, fused: bool
 ) -> list[dict[str, Any]]:
     """One row a context and batch."""
     weights = weight_bytes(model)
@@ -77,20 +89,27 @@ def measure(
     for context in contexts:
         token, state, took = prefill(model, context)
         for batch in batches:
-            rows_of_state = state.select([0] * batch)
-            decode(model, token.expand(batch, 1), rows_of_state, 3)
-            times = sorted(decode(model, token.expand(batch, 1), rows_of_state, steps))
+            pool = FixedPool(model, batch, fused=fused)
+            pool.write(range(batch), state.select([0] * batch))
+            token_of_each = token.expand(batch, 1)
+            decode(pool, token_of_each, 3)
+            copied = copy_gb_per_s()
+            times = sorted(decode(pool, token_of_each, steps))
+            copied = max(copied, copy_gb_per_s())
             median = times[len(times) // 2]
-            states = sum(x.numel() * x.element_size() for x in rows_of_state.layers)
+            states = sum(x.numel() * x.element_size() for x in state.layers) * batch
             rows.append(
                 {
                     "context": context,
                     "batch": batch,
                     "ms_per_step": median * 1e3,
+                    "ms_per_step_least": times[0] * 1e3,
                     "ms_per_step_p90": times[int(0.9 * (len(times) - 1))] * 1e3,
                     "tokens_per_second": batch / median,
                     "state_bytes": states,
-                    "share_of_bandwidth": (weights + 2 * states) / median / 1e9 / gb_per_s,
+                    "copy_gb_per_s": copied,
+                    "share_of_bandwidth": (weights + 2 * states) / median / 1e9 / copied,
+                    "share_of_least": (weights + 2 * states) / times[0] / 1e9 / copied,
                     "prefill_tokens_per_second": context / took,
                 }
             )
@@ -103,6 +122,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=[*DTYPES, "int8"], default="float32")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--plain", action="store_true", help="the model's own step")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=harness.RESULTS / "decode_cpu.json")
@@ -124,6 +144,7 @@ def main() -> None:
             "parameters": model.num_parameters(),
             "weight_bytes": weight_bytes(model),
             "weights": arguments.weights,
+            "step": "model" if arguments.plain else "CpuStep",
         },
     }
     with torch.no_grad():
@@ -132,7 +153,7 @@ def main() -> None:
             arguments.contexts,
             arguments.batches,
             arguments.steps,
-            limits["copy_gb_per_s"],
+            fused=not arguments.plain,
         )
     result["rows"] = rows
     ratios = {}

@@ -7,6 +7,7 @@ Whole updates of 24 x 1,024 models, about 0.4 B parameters, vocabulary 64,000, i
   rows show what each is worth;
 - llama: our LLaMA of the same size in the same update with the same choices, attention by cuDNN;
 - hf_llama, hf_llama_compiled: transformers' LLaMA with SDPA, weights and states in bfloat16;
+- released, released_lightning2, with ``--released DIR``: the authors' code (``train_gpu_released``);
 - tnl_1b, tnl_7b and a row of 4,194,304 tokens trained in segments.
 
 Every row runs in a process of its own, the most important first; the result is written after each.
@@ -16,6 +17,7 @@ benchmarks/results/train_gpu.json; the last line is JSON. ``plot_train_gpu.py`` 
 
     python benchmarks/train_gpu.py --budget 530
     python benchmarks/train_gpu.py --rows tnl@2048 llama@2048 --profile
+    python benchmarks/train_gpu.py --released DIR --rows released_lightning2@8192 tnl@8192
     python benchmarks/train_gpu.py --device cpu     a dry run at toy sizes: its numbers mean nothing
 """
 
@@ -31,7 +33,9 @@ from typing import Any
 import harness
 from op_gpu import rounded
 from subjects import error_text
-from train_gpu_subjects import Row, measure
+from train_gpu_released import ROWS as RELEASED_ROWS
+from train_gpu_released import maker_of as released_maker_of
+from train_gpu_subjects import Row, maker_of, measure
 
 from transnormer.models import zoo
 from transnormer.models.cost import ModelCost
@@ -75,6 +79,7 @@ def rows_of_the_run() -> tuple[Row, ...]:
         hugging_face[1],
         variant("compiled", COMPILE),
         variant("residual", COMPILE, RESIDUAL),
+        variant("graph", COMPILE, GRAPH),
         variant("memory_0.4", *ROOMY, BLOCKS + "0.4"),
         variant("memory_0.15", *ROOMY, BLOCKS + "0.15"),
         compiled[0],
@@ -115,6 +120,9 @@ SHARES = {
         for peer in ("hf_llama", "hf_llama_compiled")
         for seq, least in ((2_048, 1.85), (8_192, 2.2), (32_768, 3.6))
     },
+    ("tnl@2048", "released_lightning2@2048"): 1.55,
+    ("tnl@8192", "released_lightning2@8192"): 1.6,
+    ("tnl@32768", "released_lightning2@32768"): 1.65,
     ("tnl_memory_0.4@2048", "tnl@2048"): 0.9,
     ("tnl_memory_0.15@2048", "tnl@2048"): 0.8,
     ("tnl_packed@2048", "tnl_residual@2048"): 0.95,
@@ -157,6 +165,8 @@ def child(row: str, options: argparse.Namespace, limit: float, *extra: str) -> d
     """A row in a process of its own; what it found, or why it found nothing."""
     command = [sys.executable, __file__, "--row", row, "--device", options.device]
     command += ["--steps", str(options.steps), "--profile", str(options.profile), *extra]
+    if options.released is not None:
+        command += ["--released", str(options.released)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -199,6 +209,7 @@ def one_row(row: Row, options: argparse.Namespace) -> None:
     try:
         found = measure(
             row,
+            released_maker_of(options.released) if row.subject == "released" else maker_of(row),
             steps=options.steps,
             kernels=options.profile,
             dry=options.device == "cpu",
@@ -210,11 +221,12 @@ def one_row(row: Row, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    rows = {row.name: row for row in rows_of_the_run()}
+    rows = {row.name: row for row in (*rows_of_the_run(), *RELEASED_ROWS)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=rows, metavar="ROW")
+    parser.add_argument("--released", type=Path, metavar="DIR", help="the released code's folder")
     parser.add_argument("--steps", type=int, default=10, help="timed, after four")
     parser.add_argument("--profile", type=int, nargs="?", const=25, default=0, metavar="KERNELS")
     parser.add_argument("--budget", type=float, default=1e9, help="start no row after so many s")
@@ -225,6 +237,11 @@ def main() -> None:
     parser.add_argument("--row", choices=rows, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    theirs = {row.name for row in RELEASED_ROWS}
+    if options.rows is None:
+        options.rows = [name for name in rows if options.released or name not in theirs]
+    if not options.released and theirs.intersection([options.row, *options.rows]):
+        parser.error("rows of the released code need --released DIR")
     if options.row is not None:
         one_row(rows[options.row], options)
         return

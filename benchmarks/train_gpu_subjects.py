@@ -1,7 +1,8 @@
 """What ``train_gpu`` times: rows of one subject, length and settings each, and how one is run.
 
 Ours run in the trainer's own update, on random tokens: gradients, the guard's look at loss and
-norm, clipping, the optimizer. transformers' LLaMA runs in the plain loop that its users write.
+norm, clipping, the optimizer. transformers' LLaMA and the released code (``train_gpu_released``) run
+in the plain loop that their users write.
 """
 
 import statistics
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Row(NamedTuple):
     """One row of the result.
 
     Attributes:
-        subject: tnl, llama, hf_llama or hf_llama_compiled.
+        subject: tnl, llama, hf_llama, hf_llama_compiled or released.
         seq: tokens of a row.
         tokens: of a step.
         variant: what the row is for; "" is the recipe as it is meant.
@@ -71,6 +72,12 @@ class Row(NamedTuple):
         size = "" if self.size == "385m" else f"_{self.size}"
         variant = f"_{self.variant}" if self.variant else ""
         return f"{self.subject}{size}{variant}@{self.seq}"
+
+
+class MakeUpdate(Protocol):
+    """Builds a row's update, which returns the loss and the gradient's norm."""
+
+    def __call__(self, row: Row, *, dry: bool, layers: int | None) -> Callable[[], list[float]]: ...
 
 
 class Tokens(Objective[Decoder, Batch]):
@@ -213,11 +220,20 @@ def hugging_face_update(row: Row, *, dry: bool, layers: int | None) -> Callable[
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = LlamaForCausalLM(config)
-        model = model.to(torch.bfloat16).train()
+    return plain_loop(
+        model, row, dry=dry, compiled=row.subject.endswith("compiled"), vocab_size=vocab_size
+    )
+
+
+def plain_loop(
+    model: Any, row: Row, *, dry: bool, compiled: bool, vocab_size: int
+) -> Callable[[], list[float]]:
+    """An update of a model of transformers' kind as its users write it, all in bfloat16."""
+    model = model.to(torch.bfloat16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-6, fused=True)
-    called: Any = torch.compile(model) if row.subject.endswith("compiled") and not dry else model
+    called: Any = torch.compile(model) if compiled and not dry else model
     seq = row.seq // _DRY if dry else row.seq
-    rows = max(row.tokens // row.seq, 1)
+    rows, device = max(row.tokens // row.seq, 1), "cpu" if dry else "cuda"
     generator = torch.Generator(device).manual_seed(1)
     ids = torch.randint(vocab_size, (rows, seq), device=device, generator=generator)
 
@@ -232,6 +248,11 @@ def hugging_face_update(row: Row, *, dry: bool, layers: int | None) -> Callable[
     return run
 
 
+def maker_of(row: Row) -> MakeUpdate:
+    """What builds the update of a row of ours or of transformers'."""
+    return hugging_face_update if row.subject.startswith("hf") else our_update
+
+
 def attention_by(row: Row, *, dry: bool) -> AbstractContextManager[Any]:
     """cuDNN's attention for our LLaMA; torch's choice for the others."""
     if row.subject != "llama" or dry:
@@ -241,16 +262,17 @@ def attention_by(row: Row, *, dry: bool) -> AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
 
 
-def measure(row: Row, *, steps: int, kernels: int, dry: bool, layers: int | None) -> dict[str, Any]:
+def measure(
+    row: Row, make: MakeUpdate, *, steps: int, kernels: int, dry: bool, layers: int | None
+) -> dict[str, Any]:
     """Seconds of the first update, the median after the warm-up, tokens a second, peak memory.
 
-    An update ends when its loss is read, so that updates follow each other as in a run: the host
+    ``make`` builds the row's update (``maker_of`` names those that stand here). An update ends when its loss is read, so that updates follow each other as in a run: the host
     prepares the next one while the device is at the optimizer.
     """
-    update = hugging_face_update if row.subject.startswith("hf") else our_update
     wait = (lambda: None) if dry else torch.cuda.synchronize
     started = time.perf_counter()
-    run, times, losses = update(row, dry=dry, layers=layers), [], []
+    run, times, losses = make(row, dry=dry, layers=layers), [], []
     if row.tokens > _LONG:
         # To compile, the segments before the first update are enough.
         steps = min(steps, 1)

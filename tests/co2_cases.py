@@ -1,18 +1,29 @@
 """Local updates on several ranks, and the same in one process, written from the formulas."""
 
+import errno
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from parallel_cases import train_batch
 from torch import Tensor
+from train_cases import Notes, constant_evaluation
 
 from transnormer.models import zoo
-from transnormer.models.decoder import Decoder
-from transnormer.parallel.co2 import OuterConfig, OuterSync
+from transnormer.models.decoder import Decoder, DecoderConfig
+from transnormer.optim import OptimizerConfig, build_optimizer
+from transnormer.parallel import local_layout
+from transnormer.parallel.co2 import OuterSync
 from transnormer.parallel.fsdp import apply_fsdp
+from transnormer.parallel.layout import Layout
+from transnormer.parallel.local_layout import build_layout
 from transnormer.parallel.mesh import Axes, build_meshes
+from transnormer.parallel.outer_config import OuterConfig, OuterTable
+from transnormer.parallel.parallel_config import ParallelConfig
 from transnormer.parallel.state_dict import gather_whole
+from transnormer.train import RunConfig, run_training
 
 RATE = 0.05
 
@@ -122,3 +133,138 @@ def on_shards(group: dist.ProcessGroup, config: OuterConfig, shards: int) -> dic
         outer.after_update(RATE)
     outer.drain()
     return gather_whole(model.state_dict(), everywhere=True)
+
+
+def settled(
+    group: dist.ProcessGroup, config: OuterConfig, updates: int
+) -> tuple[Tensor, Tensor, bool]:
+    """Where workers would meet, where all their moves together lead, whether all is put back."""
+    x = [p.requires_grad_() for p in start_values(torch.float64)]
+    outer, own = OuterSync(x, config, group), torch.cat(start_values(torch.float64))
+    for update in range(updates):
+        grads = torch.autograd.grad(worker_loss(x, dist.get_rank(group), update), x)
+        with torch.no_grad():
+            for p, grad in zip(x, grads, strict=True):
+                p -= RATE * grad
+        own -= RATE * torch.cat(grads)
+        outer.after_update(RATE)
+    before = torch.cat([p.detach().clone() for p in x])
+    with outer.averaged():
+        found = torch.cat([p.detach().clone() for p in x])
+    dist.all_reduce(own, group=group)
+    after = torch.cat([p.detach().clone() for p in x])
+    return found, own / dist.get_world_size(group), torch.equal(before, after)
+
+
+def with_a_straggler(group: dist.ProcessGroup, config: OuterConfig) -> list[bool]:
+    """Whether each outer step had to wait; worker 1 begins its first all-reduce when told.
+
+    Worker 0 tells it when the first round and all updates of the second lie behind it.
+    """
+    rank = dist.get_rank(group)
+    x = [p.requires_grad_() for p in start_values(torch.float64)]
+    outer, exposed, word = OuterSync(x, config, group), [], torch.zeros(1)
+    for update in range(3 * config.tau):
+        if rank == 1 and update == config.tau - 1:
+            dist.recv(word, src=0, group=group)
+        if rank == 0 and update == 2 * config.tau - 1:
+            dist.send(word, dst=1, group=group)
+        report = outer.after_update(RATE)
+        if report is not None:
+            exposed.append(report.exposed)
+    return exposed
+
+
+def train_copies(
+    group: dist.ProcessGroup, config: DecoderConfig, table: ParallelConfig, steps: int
+) -> tuple[dict[str, Tensor], list[float]]:
+    """A model after local updates in a layout: the mean of its copies, on rank 0, and the gaps."""
+    torch.manual_seed(3)
+    sync = build_layout(table, dist.get_world_size(), torch.device("cpu"))
+    model = sync.wrap(Decoder(config).double())
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2, clip=0.05))
+    gaps = []
+    for step in range(steps):
+        # Every second row is of a copy, whatever the number of its ranks.
+        ranks = sync.world_size // table.dp_replicate
+        copy, rank = divmod(sync.rank, ranks)
+        ids, labels = (
+            x[copy :: table.dp_replicate][rank::ranks] for x in train_batch(step, config.vocab_size)
+        )
+        count = torch.tensor([(labels >= 0).sum().item()]).double()
+        labels_of_copy = sync.summed(count, sync.total(count)).item()
+        (model.loss(ids, labels, reduction="sum") / labels_of_copy).backward()
+        sync.after_backward(model)
+        sync.clip(model, 0.05, sync.total_norm(model))
+        optimizer.set_lr(1e-2)
+        optimizer.step()
+        optimizer.zero_grad()
+        report = sync.outer_step(model, 1e-2)
+        gaps += [] if report is None else [report.gap]
+    whole = sync.whole(model, optimizer)
+    return {} if whole is None else dict(whole[0].state_dict()), gaps
+
+
+def norms_of_copies(group: dist.ProcessGroup, norms: list[float]) -> Tensor:
+    """The norm that two copies of two ranks report, who found one each."""
+    layout = local(dp_replicate=2, dp_shard=2)
+    return layout.overall_norm(torch.tensor(norms[dist.get_rank() // 2]))
+
+
+def local(**axes: int) -> Layout:
+    """All processes laid out as copies that meet every third update."""
+    table = ParallelConfig(outer=OuterTable(method="co2", tau=3), **axes)
+    return build_layout(table, dist.get_world_size(), torch.device("cpu"))
+
+
+def write_where_one_cannot(group: dist.ProcessGroup, folder: Path) -> str:
+    """What a rank says of a checkpoint for which rank 2 has no room."""
+    layout = local(dp_replicate=4)
+    model = layout.wrap(torch.nn.Linear(3, 3))
+    optimizer = build_optimizer(model, OptimizerConfig())
+
+    def refuse(tensors: dict[str, Tensor], path: Path) -> None:
+        if dist.get_rank() == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    found, local_layout.save_file = local_layout.save_file, refuse
+    try:
+        layout.write_own(model, optimizer, folder)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        local_layout.save_file = found
+    return "written"
+
+
+class Told(NamedTuple):
+    """What a rank saw of a run.
+
+    Attributes:
+        messages: of the first process.
+        logits: at each evaluation.
+    """
+
+    messages: list[str]
+    logits: list[Tensor]
+
+
+def run_copies(
+    group: dist.ProcessGroup, config: RunConfig, resume: bool, taus: tuple[int, ...] = ()
+) -> Told:
+    """A whole run in the layout of its table; taus are what each rank measures."""
+    layout = build_layout(config.parallel, dist.get_world_size(), torch.device("cpu"))
+    notes, logits = Notes(), []
+
+    def evaluate(model: Decoder, *args: Any, **options: Any) -> Any:
+        logits.append(model(torch.arange(8)[None]).logits)
+        return constant_evaluation(model, *args, **options)
+
+    found = local_layout.automatic_tau
+    if taus:
+        local_layout.automatic_tau = lambda reduce, update: taus[dist.get_rank()]
+    try:
+        run_training(config, resume=resume, evaluate=evaluate, progress=notes, sync=layout)
+    finally:
+        local_layout.automatic_tau = found
+    return Told(notes.messages, logits)

@@ -213,6 +213,8 @@ def train(
     steps: range,
     optimizer_config: OptimizerConfig,
     parts: int = 1,
+    device: str = "cpu",
+    cut_residual: bool = False,
 ) -> dict[str, Any]:
     """Train on the batches of ``steps`` in a layout; what one process would see, from rank 0.
 
@@ -220,10 +222,13 @@ def train(
         group: all processes; None is one process alone, without a layout.
         start: the whole tensors of an earlier call to go on from, of whatever layout.
         parts: micro-batches of a step.
+        device: "cuda" is the current GPU.
+        cut_residual: of the layout.
     """
     torch.manual_seed(3)
-    sync = OneProcess() if group is None else Layout(axes, torch.device("cpu"))
-    model = sync.wrap(Decoder(config).double())
+    here = torch.empty(0, device=device).device
+    sync = OneProcess() if group is None else Layout(axes, here, cut_residual=cut_residual)
+    model = sync.wrap(Decoder(config).double().to(here))
     optimizer = build_optimizer(model, optimizer_config)
     if start is not None:
         sync.load(model, optimizer, start["model"], start["optimizer"])
@@ -234,9 +239,9 @@ def train(
             for ids, labels in zip(*(x.chunk(parts) for x in train_batch(step, config.vocab_size)))
         ]
         count = sync.total(torch.tensor([sum((y >= 0).sum().item() for _, y in batches)]).double())
-        nats = torch.zeros(1, dtype=torch.float64)
+        nats = torch.zeros(1, dtype=torch.float64, device=here)
         for ids, labels in batches:
-            loss = model.loss(ids, labels, reduction="sum")
+            loss = model.loss(ids.to(here), labels.to(here), reduction="sum")
             (loss / count.item()).backward()
             nats += loss.detach()
         sync.after_backward(model)
@@ -248,8 +253,8 @@ def train(
         optimizer.zero_grad()
     whole = sync.whole(model, optimizer)
     return {
-        "loss": torch.stack(losses),
-        "norm": torch.stack(norms),
+        "loss": torch.stack(losses).cpu(),
+        "norm": torch.stack(norms).cpu(),
         "model": {} if whole is None else dict(whole[0].state_dict()),
         "optimizer": {} if whole is None else dict(whole[1]),
         "local": sum(x.numel() for x in local_parts(model)),

@@ -1,4 +1,4 @@
-"""Processes that talk to each other over gloo, started once a test session and used by all tests.
+"""Processes that talk to each other, started once a test session and used by all tests.
 
 A test hands a function of an importable module (tests/*.py) to ``Ranks.run``; it is called on so many
 ranks as ``function(group, *args)``, and what each rank returned comes back in the order of ranks.
@@ -6,6 +6,7 @@ ranks as ``function(group, *args)``, and what each rank returned comes back in t
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import pickle
 import time
 import traceback
@@ -22,12 +23,17 @@ _IMPORTS = ["transnormer.parallel.layout", "transnormer.train", "torch.distribut
 _PATIENCE = 100.0
 
 
-def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, store: str, pipe: Any, backend: str) -> None:
     """One rank: runs what comes through the pipe until None comes."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        # What a launcher says, for runs that join these processes.
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    else:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     groups = {n: dist.new_group(list(range(n))) for n in SIZES if n <= size}
     # Bytes: a pipe's own pickling shares memory of tensors, which ends with the process.
     while (call := pickle.loads(pipe.recv_bytes())) is not None:
@@ -42,23 +48,31 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
 
 
 class Ranks:
-    """A pool of processes with a gloo group of 1, 2, 3, 4 (and 8) of them; started when first used."""
+    """A pool of processes with a group of 1, 2, 3, 4 (and 8) of them; started when first used.
 
-    def __init__(self, size: int, folder: Path) -> None:
+    Backend "nccl" gives each a GPU.
+    """
+
+    def __init__(self, size: int, folder: Path, backend: str = "gloo") -> None:
         self.size, self._folder, self._starts = size, folder, 0
+        self._backend = backend
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
 
     def _start(self) -> None:
-        # Forked from a process that has done the imports: they cost more than all the tests.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTS)
+        if self._backend == "nccl":
+            # Imports may look for GPUs, and a process that has looked cannot be forked for one.
+            context = multiprocessing.get_context("spawn")
+        else:
+            # Forked from a process that has done the imports: they cost more than all the tests.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(_IMPORTS)
         self._starts += 1
         store = str(self._folder / f"store{self._starts}")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.size, store, theirs), daemon=True
+                target=_serve, args=(rank, self.size, store, theirs, self._backend), daemon=True
             )
             process.start()
             self._pipes.append(ours)
@@ -94,6 +108,7 @@ class Ranks:
     def close(self) -> None:
         """End all processes."""
         for process in self._processes:
-            process.terminate()
+            # A run takes SIGTERM for a wish, and one that waits for others never comes to it.
+            process.kill()
             process.join()
         self._pipes, self._processes = [], []

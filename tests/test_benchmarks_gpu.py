@@ -279,18 +279,20 @@ def test_dry_run_of_decode_gpu(tmp_path: Path) -> None:
     ]
     result = run_dry("decode_gpu.py", tmp_path / "decode.json", *options, "2")
     rows = result["models"]["tnl-7b"]["decode"]
-    assert [row["context"] for row in rows] == [1024, 1024, 131_072, 131_072]
+    assert [row["context"] for row in rows] == [1024, 131_072] * 2
+    assert [row["batch"] for row in rows] == [256, 256, 1, 1]
     assert all(row["share_of_limit"] > 0 for row in rows)
+    assert all(("beside" in row) == (row["context"] == 131_072) for row in rows)
     assert result["check"]["right"]
-    assert {"tnl-7b batch 256 ring", "tnl-7b prefill", "tnl-7b ragged"} <= set(result["verdicts"])
+    names = {"batch 256 ring", "batch 256 ring contexts", "prefill", "ragged"}
+    assert {f"tnl-7b {name}" for name in names} <= set(result["verdicts"])
 
 
 def test_decode_gpu_begins_nothing_when_its_seconds_are_spent(tmp_path: Path) -> None:
     options = ["--models", "tnl-385m", "--batches", "1", "--modes", "fused", "prefill"]
     result = run_dry("decode_gpu.py", tmp_path / "decode.json", *options, "--budget", "0")
     assert result["models"] == {}
-    assert result["left_out"][0] == "tnl-385m fused 1024 1"
-    assert len(result["left_out"]) == 3
+    assert result["left_out"] == ["tnl-385m fused 1", "tnl-385m prefill 0"]
 
 
 def test_a_failure_of_ours_ends_with_an_exit_code(tmp_path: Path) -> None:

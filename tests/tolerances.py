@@ -192,9 +192,14 @@ GPU_SEGMENTS = 1e-4
 # Bits of a smoothed n-gram model in float64 against Python's: sums and logarithms of some thousand
 # terms, and tables in which two runs in four million share a cell.
 SMOOTHED_BITS = 1e-9
+# bfloat16 weights after three updates of other random numbers: each is rounded by up to 2^-8 of the
+# weight, and moments that were rounded so move it elsewhere by a share of the step.
+ROUNDED_WEIGHTS = 1.5e-2
 # Losses in float32 of a run that is laid out anew on other ranks, beside one process (training note,
 # section 5, 1).
 RELAID_LOSS = 1e-6
+# The same on GPUs, whose kernels round states and cut sums otherwise for parts of a sequence.
+RELAID_LOSS_GPU = 1e-4
 # Logits of a small model whose projections have 8-bit weights, one scale a row: 0.4 % a product, some
 # ten of them in a row (2.3e-2 seen).
 INT8_MODEL = 0.06

@@ -16,7 +16,11 @@ Call = Callable[[Tensor, Tensor], Tensor]
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("batch", "seq", "heads", "dim"), [(2, 300, 4, 128), (1, 1000, 12, 64)])
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "dim"),
+    # Of the last but one a sequence is cut into segments.
+    [(2, 300, 4, 128), (1, 1000, 12, 64), (1, 5000, 2, 128), (2, 200, 1, 256)],
+)
 def test_the_op_is_the_formula(
     batch: int, seq: int, heads: int, dim: int, dtype: torch.dtype, compiled: bool
 ) -> None:

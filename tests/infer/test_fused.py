@@ -23,6 +23,7 @@ from transnormer.models.state import DecoderState
 from transnormer.nn.norms import NormConfig
 from transnormer.nn.state import LayerState
 from transnormer.ops import RingState, decode
+from transnormer.ops.decode.tiles import RowTile
 
 # Rows and tokens, the activations' dtype, entries of a ring.
 CASES = [
@@ -34,6 +35,8 @@ CASES = [
         ((3, 1), torch.float32, "fp32", None),
         ((3, 1), torch.bfloat16, "bf16", None),
         ((1, 3), torch.float32, "fp32", None),
+        ((3, 1), torch.float32, "fp32", 16),
+        ((3, 1), torch.bfloat16, "bf16", 16),
         ((3, 2), torch.float32, "fp32", 16),
         ((2, 2), torch.bfloat16, "bf16", 16),
     ]
@@ -177,9 +180,29 @@ def test_quantised_weights_are_read_as_they_are(bits: int, rows: int) -> None:
     config = zoo.tnl_custom(vocab_size=VOCAB, model_dim=64, num_layers=1, heads=2, glu_dim=128)
     model = make_model(config.model_copy(update={"init_std": 0.1}))
     quantize(model, bits, group_size=32)
-    # Eight bits are read by the kernels of single rows, four bits by the model's modules.
+    # Single rows: kernels read eight bits, and four bits whose scales are bfloat16.
     assert (FusedStep(model)._matrices is None) == (bits == 4)
     assert_step_agrees(model, make_ids(rows, 1), [3, 1][:rows])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rows", [1, 2])
+def test_four_bits_of_a_bfloat16_model_are_read_by_kernels(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    pytest.importorskip("torchao")
+    config = zoo.tnl_custom(vocab_size=VOCAB, model_dim=64, num_layers=1, heads=2, glu_dim=128)
+    model = make_model(config.model_copy(update={"init_std": 0.1}), torch.bfloat16)
+    quantize(model, 4, group_size=32)
+    ids, used = make_ids(rows, 1), [3, 1][:rows]
+    exact, state = model_step(model, ids, used), start_of(model).clone()
+    step, slots = FusedStep(model), torch.tensor(used, dtype=torch.int32)
+    # Few programs, which the interpreter runs one by one.
+    monkeypatch.setattr(step._nibbles, "tile_of_nibbles", lambda *sizes: RowTile(64, 16, 4, 0))
+    if rows == 1:
+        monkeypatch.setattr(torch.nn.Linear, "forward", None)
+    logits = step(ids, slots, state.positions, list(state.layers))
+    assert relative_error(logits, exact.logits) <= BF16_MODEL
 
 
 @needs_interpreter
@@ -236,5 +259,5 @@ def test_fused_steps_are_refused_where_they_cannot_run(monkeypatch: pytest.Monke
         make_pool(softmax, 2, fused=True)
     monkeypatch.setattr(decode, "why_not", lambda device: "inputs are on cpu; move them to a GPU")
     with pytest.raises(RuntimeError, match="fused is True; expected False here: inputs are on"):
-        make_pool(make_model(), 2, fused=True)
+        FusedStep(make_model())
     assert fused.likeliest(torch.zeros(1, 1, 4), None) is None

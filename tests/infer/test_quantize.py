@@ -12,12 +12,14 @@ from torch import nn
 
 from transnormer.cli.app import run
 from transnormer.data.tokenizers.byte import ByteTokenizer
+from transnormer.infer import quantize as quantization
 from transnormer.infer.gptq import gptq
-from transnormer.infer.quantize import quantize
+from transnormer.infer.quantize import four_bits, quantize
 from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Decoder
 from transnormer.models.quantized_weights import ByRowsLinear
 from transnormer.models.state import DecoderState
+from transnormer.ops import few_rows
 
 
 def wide_model(dtype: torch.dtype = torch.bfloat16) -> Decoder:
@@ -62,6 +64,47 @@ def test_the_engine_runs_what_is_quantised(bits: int, tmp_path: Path) -> None:
     assert DecoderState.load(tmp_path / "state", model).positions.tolist() == [14]
     with pytest.raises(ValueError, match="is the state of the model"):
         DecoderState.load(tmp_path / "state", wide_model(torch.float32))
+
+
+class Int4TilePackedTo4dTensor:
+    """A tile-packed weight as ``four_bits`` sees it: its product, scales and zeros."""
+
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+        self.shape, self.device = weight.shape, weight.device
+        self.block_size = [1, weight.shape[1] // scales.shape[1]]
+        # Groups first, and both dims padded.
+        both = torch.stack([scales.T, zeros.T], -1)
+        self.scale_and_zero = torch.nn.functional.pad(both, (0, 0, 0, 3, 0, 2), value=1.0)
+        self._weight = weight
+
+    @classmethod
+    def __torch_function__(
+        cls, function: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> torch.Tensor:
+        x, weight = args
+        return x @ weight._weight.T
+
+
+def test_four_bits_are_read_out_of_either_kind_of_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "_UNIT_VECTORS", 40)
+    ints = torch.randint(0, 16, (6, 96))
+    scales, zeros = 0.01 + torch.rand(6, 3).bfloat16(), torch.randn(6, 3).bfloat16()
+    scales[2] = 0.0
+    wide = [x.float().repeat_interleave(32, 1) for x in (scales, zeros)]
+    packed = Int4TilePackedTo4dTensor(((ints - 8) * wide[0] + wide[1]).bfloat16(), scales, zeros)
+    found = four_bits(packed)
+    assert found is not None
+    assert torch.equal(found[0][scales[:, 0] > 0], ints[scales[:, 0] > 0])
+    assert torch.equal(found[1], scales)
+    assert torch.equal(found[2], zeros)
+    model = wide_model()
+    assert four_bits(model.blocks[0].token_mixer.qkvu_proj.weight) is None
+    quantize(model, 4, group_size=32)
+    weight = model.blocks[0].token_mixer.qkvu_proj.weight
+    ints, scales, zeros = four_bits(weight)
+    exact = weight.dequantize()
+    assert torch.equal(((ints - 8) * scales.repeat_interleave(32, 1)).bfloat16(), exact)
+    assert not zeros.any()
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -176,9 +219,10 @@ def test_few_rows_read_int8_weights_as_they_are(
         x = torch.randn(*shape, inputs).to(dtype)
         exact = x.double() @ weight.T
         assert_close(projection(x), exact)
-    # Only inputs in whole groups of 32 have a kernel, which makes no copy of the weight.
+    # Without products of integers only inputs in whole groups of 32 have a kernel, which makes no
+    # copy of the weight.
     monkeypatch.setattr(torch.nn.functional, "linear", None)
-    if inputs % 32 == 0:
+    if inputs % 32 == 0 or few_rows.reads_integers(inputs):
         assert projection(torch.ones(2, 3, inputs, dtype=dtype)).shape == (2, 3, 50)
     else:
         with pytest.raises(TypeError, match="not callable"):

@@ -4,10 +4,12 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
+from kernel_cases import needs_interpreter
+from tolerances import GRADIENT, assert_close
+from torch import Tensor, nn
 
 from transnormer.nn.activations import activation
-from transnormer.nn.channel_mixers import FfnConfig, GluConfig
+from transnormer.nn.channel_mixers import FfnConfig, Glu, GluConfig, glu
 
 
 def test_simple_glu_has_no_activation() -> None:
@@ -46,3 +48,56 @@ def test_ffn_is_two_layers() -> None:
 def test_activations_by_name(name: str, exact) -> None:
     x = torch.randn(100, dtype=torch.float64)
     assert_close(activation(name)(x), exact(x))
+
+
+def gradients(mixer: Glu, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y.square().sum(), list(mixer.parameters())))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["none", "silu"])
+def test_one_projection_into_both_factors_is_the_same(name: str) -> None:
+    mixer = GluConfig(hidden_dim=40, activation=name).build(16)
+    x = torch.randn(2, 5, 16)
+    found = mixer.joint_forward(x, "triton")
+    exact = mixer.double()(x.double())
+    expected = gradients(mixer, exact)
+    assert_close(found, exact)
+    for actual, wanted in zip(gradients(mixer.float(), mixer.joint_forward(x, "triton")), expected):
+        assert_close(actual, wanted, limit=GRADIENT[torch.float32])
+
+
+def products(mixer: Glu, x: Tensor) -> int:
+    """Linear layers in the graph that torch.compile makes of a forward pass."""
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        linears = [n for n in graph.graph.nodes if n.target in (F.linear, torch._C._nn.linear)]
+        found.append(len(linears))
+        return graph.forward
+
+    torch._dynamo.reset()
+    y = torch.compile(mixer, backend=backend, fullgraph=True)(x)
+    assert_close(y, mixer.double()(x.double()))
+    mixer.float()
+    return sum(found)
+
+
+def test_only_a_plain_mixer_that_is_trained_compiled_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(2, 5, 16)
+    mixer = GluConfig(hidden_dim=40).build(16)
+    assert products(mixer, x) == 3
+    monkeypatch.setattr(glu, "why_not", lambda device: None)
+    assert products(mixer, x) == 1
+    with torch.no_grad():
+        assert products(mixer, x) == 3
+    assert products(GluConfig(hidden_dim=40, activation="gelu").build(16), x) == 3
+    assert products(GluConfig(hidden_dim=40, bias=True).build(16), x) == 3
+
+    class Shared(nn.Linear):
+        pass
+
+    mixer.down_proj.__class__ = Shared
+    assert products(mixer, x) == 3

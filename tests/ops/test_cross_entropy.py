@@ -7,6 +7,7 @@ from tolerances import GRADIENT, assert_close
 from torch import Tensor
 
 from transnormer.ops import linear_cross_entropy
+from transnormer.ops.cross_entropy.triton_softmax import losses_in_place
 
 ROWS, DIM, VOCAB = 45, 12, 70
 
@@ -218,3 +219,38 @@ def test_the_sum_compiles_whole_and_passes_opcheck() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op, (*make(torch.float32), True), test_utils=checks)
     torch.library.opcheck(op, (x.detach(), weight.detach(), labels, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab_size", [96, 70], ids=["in registers", "in two reads"])
+def test_logits_of_16_bits_become_their_gradient(dtype: torch.dtype, vocab_size: int) -> None:
+    logits = torch.cat([torch.randn(9, vocab_size), 30 * torch.randn(4, vocab_size)]).to(dtype)
+    logits[6] = float("inf")
+    labels = torch.randint(vocab_size, (13,))
+    labels[5:7], labels[7] = -100, vocab_size
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels.where(labels < vocab_size, 0), reduction="none")
+    expected[labels >= 0].sum().backward()
+    losses = torch.empty(13)
+    # The kernel reads no further than the row; what lies behind it stays.
+    buffer = torch.full((13, vocab_size + 3), 7.0, dtype=dtype)
+    found = buffer[:, :vocab_size].copy_(logits)
+    losses_in_place(found, labels, losses, ignored=-100, with_gradient=True)
+    seen = (labels >= 0) & (labels < vocab_size)
+    assert_close(losses[seen], expected[seen])
+    assert_close(found[seen], exact.grad[seen], limit=GRADIENT[dtype])
+    assert bool((buffer[:, vocab_size:] == 7).all())
+    assert bool((losses[5:7] == 0).all())
+    assert bool((found[5:7] == 0).all())
+    assert bool(losses[7].isnan())
+    alone = torch.empty(13)
+    losses_in_place(logits, labels, alone, ignored=-100, with_gradient=False)
+    assert torch.equal(alone.nan_to_num(), losses.nan_to_num())
+
+
+def test_no_rows_give_no_gradient() -> None:
+    x, weight, _ = make(torch.float32)
+    empty = torch.empty(0, dtype=torch.int64)
+    total = weighted_sum(x[:0], weight, empty, "triton")
+    assert total == 0
+    assert bool((weight.grad == 0).all())

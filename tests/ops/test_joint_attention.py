@@ -43,6 +43,18 @@ def test_the_kernels_are_the_formula(
 
 
 @needs_interpreter
+def test_the_derivative_of_silu_holds_at_any_size() -> None:
+    joint, decay, grad = inputs(1, 24, 1, 16, torch.float32)
+    joint *= torch.tensor([1e-3, 1.0, 4.0, 8.0, 12.0, 18.0]).repeat(4)[:, None]
+    exact = run(joint.double(), decay.double(), grad.double(), 16)
+    found = run(joint, decay, grad, 16, implementation="triton")
+    # A part each: the gradients of q, k, v and the gate differ in size.
+    for actual, expected in zip(found[1].chunk(4, -1), exact[1].chunk(4, -1)):
+        assert bool(actual.isfinite().all())
+        assert_close(actual, expected, limit=JOINT_ATTENTION[torch.float32])
+
+
+@needs_interpreter
 def test_packed_rows_and_no_decay() -> None:
     joint, _, grad = inputs(1, 40, 2, 16, torch.float32)
     bounds = torch.tensor([0, 7, 7, 40])

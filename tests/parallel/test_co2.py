@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from co2_cases import on_ranks, on_shards, serial
+from co2_cases import on_ranks, on_shards, serial, settled, with_a_straggler
 from ranks import Ranks
 from tolerances import LAYOUT_FLOAT64, assert_close
 
-from transnormer.parallel.co2 import Method, OuterConfig, automatic_tau
+from transnormer.parallel.co2 import automatic_tau
+from transnormer.parallel.outer_config import Method, OuterConfig
 
-METHODS: tuple[Method, ...] = ("local", "slowmo", "diloco", "co2", "co2_eager")
+METHODS: tuple[Method, ...] = ("local_sgd", "slowmo", "diloco", "co2", "co2_eager")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -62,6 +63,24 @@ def test_the_clip_clips(ranks: Ranks) -> None:
     )
     assert (bound[0][-1] - bound[0][1]).abs().max() <= 2 * 1e-3 * (1 + 1e-9)
     assert (free[0][-1] - free[0][1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("updates", [5, 6, 7])
+@pytest.mark.parametrize("method", ["at_once", "late", "eager"])
+def test_nothing_under_way_is_missing_where_workers_would_meet(
+    ranks: Ranks, method: str, updates: int
+) -> None:
+    config = OuterConfig(tau=2, delayed=method != "at_once", eager=method == "eager")
+    for found, exact, restored in ranks.run(4, settled, config, updates):
+        assert_close(found, exact, limit=LAYOUT_FLOAT64)
+        assert restored
+
+
+def test_a_straggler_is_waited_for_a_round_later(ranks: Ranks) -> None:
+    # A step that waited for the slower one would never come to the word that frees it.
+    found = ranks.run(2, with_a_straggler, OuterConfig.of("co2", tau=3))
+    assert found[1][0] is False
+    assert len(found[0]) == 3
 
 
 @pytest.mark.parametrize("kill_at", [3, 4, 5])

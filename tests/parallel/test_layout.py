@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from nn.mixer_cases import CASES
 from parallel_cases import logits_on_ranks, train
 from ranks import Ranks
 from tolerances import LAYOUT_FLOAT64, assert_close
@@ -16,20 +15,10 @@ from transnormer.nn.channel_mixers import FfnConfig, GluConfig
 from transnormer.nn.token_mixers import LightningConfig, SoftmaxConfig
 from transnormer.optim import OptimizerConfig
 from transnormer.parallel.mesh import Axes
-from transnormer.parallel.tensor import why_not_on_ranks
 
 CONFIG = zoo.tnl_custom(vocab_size=23, model_dim=16, num_layers=2, heads=4, glu_dim=12)
 # Clips every step.
 ADAMW = OptimizerConfig(lr=1e-2, clip=0.05)
-# Of the contract's configurations, those whose heads can lie on two ranks.
-SHARED = {
-    "lightning",
-    "lightning-hybrid",
-    "lightning-no-positions",
-    "softmax",
-    "softmax-hybrid",
-    "softmax-no-positions",
-}
 
 
 @cache
@@ -69,9 +58,7 @@ def test_every_layout_trains_as_one_process(ranks: Ranks, axes: Axes, parts: int
     held = axes.ranks // axes.dp_replicate
     whole = found[0]["model"]
     total = sum(result["local"] for result in found[:held])
-    # What ranks that share layers all hold: the angles.
-    twice = sum(x.numel() for name, x in whole.items() if "theta" in name) * (axes.tp - 1)
-    assert total - twice == sum(x.numel() for x in whole.values())
+    assert total == sum(x.numel() for x in whole.values())
 
 
 def test_a_run_goes_on_in_another_layout(ranks: Ranks) -> None:
@@ -106,16 +93,6 @@ def test_logits_on_ranks_are_those_of_one_process(ranks: Ranks) -> None:
     exact = model(ids).logits.detach()
     for found in ranks.run(4, logits_on_ranks, model, ids):
         assert_close(found, exact, limit=LAYOUT_FLOAT64)
-
-
-def test_every_mixer_shares_its_heads_or_says_why_not() -> None:
-    shared = set()
-    for case in CASES:
-        model = case.model()
-        reasons = [why_not_on_ranks(model, i, 2) for i in range(len(model.blocks))]
-        if not any(reasons):
-            shared.add(case.name)
-    assert shared == SHARED
 
 
 def test_axes_that_do_not_fit_the_processes_are_refused(ranks: Ranks) -> None:

@@ -17,21 +17,38 @@ slow = pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("name", "ranks", "tokens", "checkpointing"),
+    ("name", "axes", "tokens", "checkpointing"),
     [
-        ("tnl-1b", 8, 8192, "full"),
-        pytest.param("tnl-1b", 8, 8192, "none", marks=slow),
-        pytest.param("tnl-7b", 8, 8192, "full", marks=slow),
-        pytest.param("tnl-7b", 8, 2048, "none", marks=slow),
-        pytest.param("tnl-175b", 256, 4096, "full", marks=slow),
+        ("tnl-1b", Axes(dp_shard=8), 8192, "full"),
+        pytest.param("tnl-1b", Axes(dp_shard=8), 8192, "none", marks=slow),
+        pytest.param("tnl-1b", Axes(dp_shard=8, tp=2), 8192, "full", marks=slow),
+        pytest.param("tnl-1b", Axes(dp_shard=4, tp=4), 8192, "none", marks=slow),
+        pytest.param("tnl-7b", Axes(dp_shard=8), 8192, "full", marks=slow),
+        pytest.param("tnl-7b", Axes(dp_shard=8), 2048, "none", marks=slow),
+        pytest.param("tnl-7b", Axes(dp_shard=2, tp=4), 8192, "full", marks=slow),
+        pytest.param("tnl-175b", Axes(dp_shard=256), 4096, "full", marks=slow),
+        pytest.param("tnl-175b", Axes(dp_shard=32, tp=8), 8192, "full", marks=slow),
+        pytest.param("hgrn2-1b", Axes(dp_shard=8), 8192, "none", marks=slow),
+        pytest.param("llama-7b", Axes(dp_shard=8), 4096, "none", marks=slow),
     ],
+    ids=str,
 )
 def test_the_formula_is_within_a_tenth_of_the_tracker(
-    name: str, ranks: int, tokens: int, checkpointing: Checkpointing
+    name: str, axes: Axes, tokens: int, checkpointing: Checkpointing
 ) -> None:
-    config, axes = zoo.get(name), Axes(dp_shard=ranks)
+    config = zoo.get(name)
     exact = measured_memory(config, axes, tokens, checkpointing)["total"]
     assert memory_of(config, axes, tokens, checkpointing).total == pytest.approx(exact, rel=0.1)
+
+
+def test_the_tracker_follows_layers_on_ranks() -> None:
+    config = zoo.tnl_custom(vocab_size=512, model_dim=256, num_layers=3, heads=4, glu_dim=704)
+    whole, shared, cut = (
+        measured_memory(config, axes, 8192, "none", cut_residual=cut)
+        for axes, cut in ((Axes(), False), (Axes(tp=4), False), (Axes(tp=4), True))
+    )
+    assert shared["sharded_param"] == pytest.approx(whole["sharded_param"] / 4, rel=0.01)
+    assert cut["total"] < 0.85 * shared["total"] < 0.6 * whole["total"]
 
 
 def test_layouts_fit_and_the_fastest_is_first() -> None:
@@ -46,9 +63,20 @@ def test_layouts_fit_and_the_fastest_is_first() -> None:
     assert not layouts(zoo.get("tnl-7b"), 1, 8192, Machine(memory=40e9))
 
 
-def test_another_kind_of_model_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"blocks\[0\] is 'softmax'"):
-        layouts(zoo.get("llama-7b"), 8, 2048)
+@pytest.mark.parametrize("name", ["hybrid-410m", "lightnet-1b"])
+def test_models_of_other_kinds_have_layouts(name: str) -> None:
+    config = zoo.get(name)
+    plans = layouts(config, 8, 8192)
+    assert {plan.axes.tp for plan in plans} >= {1, 2}
+    for plan in plans:
+        assert plan.memory.total < 80e9
+        assert 0 < plan.mfu <= Machine().efficiency * (1 + 1e-9)
+        assert (plan.sent["sp"] > 0) == (plan.axes.sp > 1)
+
+
+def test_a_bidirectional_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="causal is False; expected a causal model"):
+        layouts(zoo.get("llama-7b").model_copy(update={"causal": False}), 8, 2048)
 
 
 def test_the_command_lists_layouts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,9 +132,11 @@ def test_more_ranks_than_processes_are_refused(make_config: MakeConfig, axis: st
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["guard.action=rollback"], "guard.action is 'rollback'"),
-        (["train.segment_tokens=4"], "train.segment_tokens is 4"),
-        (["train.compile=true", "parallel.sp=2"], "train.compile is True"),
+        (["train.segment_tokens=4", "parallel.tp=2"], "train.segment_tokens is 4"),
+        (
+            ["train.compile=true", "parallel.sp=2", "train.checkpointing=full"],
+            "train.checkpointing is 'full'",
+        ),
         (["train.cuda_graph=true", "model.dropout=0"], "train.cuda_graph is True"),
         (["optimizer.name=muon"], "optimizer.name is 'muon'"),
         (["objective.kind=masked", "model.causal=false"], "objective.kind is 'masked'"),

@@ -14,6 +14,7 @@ import typer
 
 from transnormer.cli import (
     INTERRUPTED,
+    audit,
     bench,
     chat,
     clean,
@@ -79,6 +80,7 @@ app.command("clean")(clean.clean)
 app.add_typer(tokenize.app, name="tokenize")
 app.command("info")(info.info)
 app.command("plan")(plan.plan)
+app.command("audit")(audit.audit)
 app.add_typer(bench.app, name="bench")
 
 

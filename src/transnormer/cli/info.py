@@ -162,13 +162,11 @@ def _costs(config: "DecoderConfig", stored: "torch.dtype", wanted: _Wanted) -> d
 def _activations(config: "DecoderConfig", context: int) -> dict[str, Any]:
     """Bytes that training keeps for a token without checkpointing, where a formula knows them."""
     from transnormer.parallel.mesh import Axes
-    from transnormer.parallel.plan import memory_of
+    from transnormer.parallel.plan import has_formula, memory_of
 
-    try:
-        memory = memory_of(config, Axes(1, 1, 1, 1), context, "none")
-    except NotImplementedError:
-        # The formulas count TransNormerLLM's blocks alone.
+    if not has_formula(config):
         return {}
+    memory = memory_of(config, Axes(1, 1, 1, 1), context, "none")
     return {"activation_bytes_per_token": round(memory.activations / context)}
 
 

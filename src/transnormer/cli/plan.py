@@ -22,7 +22,7 @@ def plan(
     between: Annotated[float, typer.Option(help="GB/s that a device sends between hosts.")] = 40,
     show: Annotated[int, typer.Option(help="So many layouts.")] = 10,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Run the best without tp on fake tensors.", metavar="")
+        bool, typer.Option("--exact", help="Run the best on fake tensors.", metavar="")
     ] = False,
     as_json: common.Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def plan(
         common.write_line(_line(found))
     facts: dict[str, Any] = {"layouts": [_facts(found) for found in plans[:show]]}
     if exact:
-        measured = _measure(config, seq, plans)
+        measured = _measure(config, seq, plans[0])
         shown = "  ".join(f"{name} {size / GIB:.2f}" for name, size in measured.items() if size)
         common.write_line(f"on fake tensors, GiB: {shown}")
         facts["exact"] = measured
@@ -80,16 +80,11 @@ def _facts(found: "Plan") -> dict[str, Any]:
     }
 
 
-def _measure(config: Any, seq: int, plans: "list[Plan]") -> dict[str, float]:
-    """The memory of the fastest layout that the tracker follows."""
+def _measure(config: Any, seq: int, found: "Plan") -> dict[str, float]:
+    """The memory of a layout by the tracker."""
     from transnormer.parallel.plan_exact import measured_memory
 
-    for found in plans:
-        if found.axes.tp == 1:
-            own = found.rows * -(-seq // found.axes.sp)
-            axes = ", ".join(f"{name} {size}" for name, size in found.axes._asdict().items())
-            common.write_line(f"running {axes}, checkpointing {found.checkpointing}")
-            return measured_memory(config, found.axes, own, found.checkpointing)
-    raise NotImplementedError(
-        "no layout without tp fits; expected one: the tracker follows no layers on several ranks"
-    )
+    own = found.rows * -(-seq // found.axes.sp)
+    axes = ", ".join(f"{name} {size}" for name, size in found.axes._asdict().items())
+    common.write_line(f"running {axes}, checkpointing {found.checkpointing}")
+    return measured_memory(config, found.axes, own, found.checkpointing)

@@ -44,7 +44,8 @@ class EngineConfig(Config):
     """Compile the model's blocks for decoding, in place (``compile_blocks``), which fuses what lies
     between its products; prompts, whose lengths differ, are read by the plain blocks."""
     fused: bool = False
-    """Decode by the kernels of ``FusedStep``: a TransNormerLLM on a GPU, in few launches."""
+    """Decode a TransNormerLLM by the kernels of ``FusedStep`` on a GPU, in few launches, or by
+    ``CpuStep`` on a CPU, which reads weights at the memory's speed."""
     draft_tokens: int = Field(default=0, ge=0, lt=MAX_TOKENS)
     """Tokens a step that prompt lookup drafts and the model then confirms; 0 drafts none."""
 

@@ -1,5 +1,6 @@
 """A decoding step of a TransNormerLLM as few kernels as it takes, on the states of a pool."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transnormer.infer.quantize import four_bits
 from transnormer.models.decoder import Block, Decoder
 from transnormer.nn.channel_mixers.glu import Glu
 from transnormer.nn.norms import Norm
@@ -53,9 +55,12 @@ class FusedStep:
 
     A single row has five kernels a layer: norm and projection; activations, LRPE, state and output;
     norm, gate, projection and sum; norm, both projections of the GLU and their product; projection
-    and sum. Weights are then read by these kernels, in the model's dtype or in int8. Up to 64 rows in
-    bfloat16 or float16 have six, since the gate has its own. More rows have ten: the products are
-    the model's own modules, and kernels do what lies between them.
+    and sum. Weights are then read by these kernels, in the model's dtype, in int8, or in 4 bits
+    where groups are a power of two of at least 32 and scales bfloat16; those of 4 bits are packed
+    anew, so that they are in memory twice. Up to 64 rows in bfloat16 or float16 have six kernels,
+    since the gate has its own. More rows have ten: the products are the model's own modules, and
+    kernels do what lies between them. Rings take no kernels more where a row has one token and the
+    batch more than one row.
 
     It computes what the model does, with roundings to the activations' dtype in the same places but
     one: where kernels form a product, a norm divides it, and in the model its operand.
@@ -73,9 +78,15 @@ class FusedStep:
         reason = decode.why_not(device)
         if reason is not None:
             raise RuntimeError(f"fused is True; expected False here: {reason}")
-        from transnormer.ops.decode import triton_pointwise, triton_projection
+        from transnormer.ops.decode import (
+            triton_nibbles,
+            triton_pointwise,
+            triton_projection,
+            triton_ring_mix,
+        )
 
         self._pointwise, self._projection = triton_pointwise, triton_projection
+        self._nibbles, self._rings = triton_nibbles, triton_ring_mix
         _check(model)
         self._table, self._head = model.embedding.weight, model.head_weight
         self._scale = math.sqrt(model.config.model_dim) if model.config.embedding_scale else 1.0
@@ -94,13 +105,19 @@ class FusedStep:
             self._matrices.append(found)
         half = self._table.dtype in (torch.bfloat16, torch.float16)
         every = [matrix for found in self._matrices or () for matrix in found]
-        self._half = half and bool(every) and all(matrix.scales is None for matrix in every)
+        plain = [isinstance(x, triton_projection.Matrix) and x.scales is None for x in every]
+        self._half = half and bool(every) and all(plain)
+        most = max((len(matrix[0]) for matrix in every), default=0)
+        self._arrived = torch.zeros(-(-most // 16), dtype=torch.int32, device=device)
 
     def _matrix(self, module: nn.Linear) -> Any:
         """A projection's weight as kernels read it, or None."""
         weight: Any = module.weight
         if type(weight) in (Tensor, nn.Parameter):
             return self._projection.Matrix(weight.detach()) if weight.is_contiguous() else None
+        parts = four_bits(weight)
+        if parts is not None:
+            return self._nibbles.pack(*parts)
         values, scales = getattr(weight, "qdata", None), getattr(weight, "scale", None)
         if values is None or scales is None or values.dtype != torch.int8:
             return None
@@ -144,19 +161,24 @@ class FusedStep:
         states: list[LayerState],
     ) -> Tensor:
         assert self._matrices is not None
-        project = self._projection.project
+        project = self._project
         for layer, matrices, state in zip(self._layers, self._matrices, states, strict=True):
             (qkvu_proj, out, gate, up, down), eps = matrices, layer.eps
             config = layer.mixer.config
-            qkvu = project(x, qkvu_proj, eps=eps[0], overlap=OVERLAP)
+            qkvu = project(x, qkvu_proj, eps=eps[0])
             o, u = self._mix(layer, qkvu, where, shape, slots, state)
             act = config.gate_activation
-            project(o, out, gate=u, gate_activation=act, eps=eps[1], residual=x, overlap=OVERLAP)
+            project(o, out, gate=u, gate_activation=act, eps=eps[1], residual=x)
             act = layer.glu_activation
-            y = project(x, gate, second=up, activation=act, eps=eps[2], overlap=OVERLAP)
-            project(y, down, residual=x, overlap=OVERLAP)
+            y = project(x, gate, second=up, activation=act, eps=eps[2])
+            project(y, down, residual=x)
         head = self._projection.Matrix(self._head)
-        return project(x, head, eps=self._final_eps, overlap=OVERLAP)
+        return project(x, head, eps=self._final_eps)
+
+    def _project(self, x: Tensor, matrix: Any, **options: Any) -> Tensor:
+        """A row times a matrix of either kind."""
+        kernels = self._nibbles if isinstance(matrix, self._nibbles.Nibbles) else self._projection
+        return kernels.project(x, matrix, overlap=OVERLAP, **options)
 
     def _few(
         self,
@@ -167,13 +189,11 @@ class FusedStep:
         states: list[LayerState],
     ) -> Tensor:
         assert self._matrices is not None
-        project = self._projection.project_rows
+        project = functools.partial(self._projection.project_rows, arrived=self._arrived)
         for layer, matrices, state in zip(self._layers, self._matrices, states, strict=True):
             (qkvu_proj, out, gate, up, down), eps = [m.values for m in matrices], layer.eps
             qkvu = project(x, qkvu_proj, eps=eps[0], overlap=OVERLAP)
-            o, u = self._mix(layer, qkvu, where, shape, slots, state)
-            act = layer.mixer.config.gate_activation
-            y = self._pointwise.norm_gate(o, u, eps[1], act, overlap=OVERLAP)
+            y = self._mix_gated(layer, qkvu, where, shape, slots, state)
             project(y, out, residual=x, overlap=OVERLAP)
             act = layer.glu_activation
             y = project(x, gate, second=up, activation=act, eps=eps[2], overlap=OVERLAP)
@@ -195,13 +215,36 @@ class FusedStep:
         for layer, state in zip(self._layers, states, strict=True):
             mixer, glu, eps = layer.mixer, layer.glu, layer.eps
             qkvu = mixer.qkvu_proj(kernels.add_norm(x, y, eps[0], overlap=OVERLAP))
-            o, u = self._mix(layer, qkvu, where, shape, slots, state)
-            act = mixer.config.gate_activation
-            y = mixer.out_proj(kernels.norm_gate(o, u, eps[1], act, overlap=OVERLAP))
+            y = mixer.out_proj(self._mix_gated(layer, qkvu, where, shape, slots, state))
             h = kernels.add_norm(x, y, eps[2], overlap=OVERLAP)
             gate, up = glu.gate_proj(h), glu.up_proj(h)
             y = glu.down_proj(kernels.product(gate, up, layer.glu_activation, overlap=OVERLAP))
         return F.linear(kernels.add_norm(x, y, self._final_eps, overlap=OVERLAP), self._head)
+
+    def _mix_gated(
+        self,
+        layer: _Layer,
+        qkvu: Tensor,
+        where: Tensor,
+        shape: torch.Size,
+        slots: Tensor,
+        state: LayerState,
+    ) -> Tensor:
+        """The heads' outputs, normed and gated, [rows * tokens, hidden_dim]."""
+        config = layer.mixer.config
+        gate = functools.partial(
+            self._pointwise.norm_gate,
+            eps=layer.eps[1],
+            activation=config.gate_activation,
+            overlap=OVERLAP,
+        )
+        if isinstance(state, RingState) and shape[1] == 1 and self._rings.fits(state):
+            acts = (config.qk_activation, config.v_activation)
+            arguments = (qkvu, where, layer.theta, layer.log_decay, state, slots, config.heads)
+            o = self._rings.ring_mix(*arguments, *acts, overlap=OVERLAP)
+            u = qkvu[:, 3 * config.heads * layer.mixer.head_dim :]
+            return gate(o, u, ring=state, slots=slots)
+        return gate(*self._mix(layer, qkvu, where, shape, slots, state))
 
     def _mix(
         self,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transnormer.infer.cpu_step import CpuStep
 from transnormer.infer.fused import FusedStep, likeliest
 from transnormer.infer.graphs import GraphedStep, StepOutput
 from transnormer.infer.growing_pool import GrowingPool
@@ -21,7 +22,7 @@ from transnormer.models.decoder import Block, Decoder
 from transnormer.models.state import DecoderState
 from transnormer.nn.state import LayerState, SlotState, map_tensors, state_bytes
 from transnormer.nn.token_mixers import TokenMixer
-from transnormer.ops import RingState
+from transnormer.ops import RingState, decode
 
 
 class FixedPool(StatePool):
@@ -34,7 +35,8 @@ class FixedPool(StatePool):
             ``RingState``), so that a state is seldom written and tokens can be taken back; None
             has no rings.
         compiled: as ``StatePool``'s.
-        fused: decode by the kernels of ``FusedStep``; prompts are read by the model.
+        fused: decode by the kernels of ``FusedStep``, on a CPU by ``CpuStep`` (by the kernels too in
+            Triton's interpreter); prompts are read by the model.
         draw_below: ids from here on are never the likeliest.
     """
 
@@ -49,7 +51,7 @@ class FixedPool(StatePool):
         draw_below: int | None = None,
     ) -> None:
         super().__init__(model, slots, compiled=compiled)
-        self._fused = FusedStep(model) if fused else None
+        self._fused = _fused_step(model) if fused else None
         self._limit = draw_below
         self._mixers = _mixers(model)
         self._dtype = model.embedding.weight.dtype
@@ -178,6 +180,14 @@ class FixedPool(StatePool):
         return output.logits
 
 
+def _fused_step(model: Decoder) -> FusedStep | CpuStep:
+    """The step that stands in for the model where it is."""
+    device = model.embedding.weight.device
+    if device.type == "cpu" and decode.why_not(device) is not None:
+        return CpuStep(model)
+    return FusedStep(model)
+
+
 def _mixers(model: Decoder) -> list[TokenMixer]:
     """The token mixers of the blocks, in order."""
     return [block.token_mixer for block in model.blocks if isinstance(block, Block)]
@@ -202,8 +212,8 @@ def make_pool(
 
     Raises:
         NotImplementedError: rings for a model without layers of constant decay; rings, compilation
-            or fused steps for one with a state that grows; what ``FusedStep`` refuses.
-        RuntimeError: fused steps where Triton does not run.
+            or fused steps for one with a state that grows; what ``FusedStep`` or ``CpuStep`` refuses.
+        RuntimeError: fused steps on a device that is no CPU and that Triton does not run on.
     """
     empty = model.empty_state(0, device="meta")
     grows = any(bytes_per_token(layer) for layer in empty.layers)

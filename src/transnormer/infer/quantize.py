@@ -4,11 +4,15 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transnormer.infer.gptq import calibrate
 from transnormer.models.decoder import Decoder
 from transnormer.models.quantized_weights import Rounded, install, read_by_rows, torchao
+
+# Rows of the unit matrix at a time that read tile-packed weights.
+_UNIT_VECTORS = 2048
 
 
 def quantize(
@@ -86,6 +90,46 @@ def quantize(
         )
     ao.quantize_(model, settings, filter_fn=lambda module, name: name in targets)
     read_by_rows(model)
+
+
+@torch.no_grad()
+def four_bits(weight: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The 4-bit integers of a projection's weight, whichever way torchao holds them.
+
+    A tile-packed weight, which only its own product reads, is multiplied with the unit vectors: what
+    comes out is the weight rounded to bfloat16, off by less than a 16th of a step.
+
+    Args:
+        weight: a parameter of a quantised model.
+
+    Returns:
+        ints int32 [outputs, inputs] from 0 to 15, scales and zeros [outputs, groups], for the weight
+        (ints - 8) x scales + zeros; None for any other weight.
+    """
+    kind = type(weight).__name__
+    if kind == "IntxUnpackedToInt8Tensor":
+        if weight.target_dtype != _untyped(torch).int4 or bool(weight.zero_point.any()):
+            return None
+        scales = weight.scale
+        return weight.qdata.to(torch.int32) + 8, scales, torch.zeros_like(scales)
+    if kind != "Int4TilePackedTo4dTensor":
+        return None
+    outputs, inputs = weight.shape
+    groups = inputs // weight.block_size[-1]
+    both = weight.scale_and_zero[:groups, :outputs]
+    scales, zeros = (both[..., i].T.contiguous() for i in range(2))
+    size, ints = inputs // groups, []
+    for start in range(0, inputs, _UNIT_VECTORS):
+        rows = min(_UNIT_VECTORS, inputs - start)
+        unit = torch.zeros(rows, inputs, dtype=torch.bfloat16, device=weight.device)
+        unit[:, start:].fill_diagonal_(1.0)
+        whole = F.linear(unit, weight).float().T
+        at = torch.arange(start, start + rows, device=weight.device) // size
+        steps = scales.float()[:, at].clamp(min=torch.finfo(torch.float32).tiny)
+        ints.append(
+            ((whole - zeros.float()[:, at]) / steps).round().clamp(-8, 7).to(torch.int32) + 8
+        )
+    return torch.cat(ints, 1), scales, zeros
 
 
 def _untyped(value: Any) -> Any:

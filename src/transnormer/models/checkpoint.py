@@ -192,17 +192,19 @@ def write_weights(
         shard_bytes: the most of tensors in one file; larger ones are cut into rows. None is what
             other packages read: shards of 5 GiB with whole tensors.
     """
-    most: dict[str, Any] = {}
-    if shard_bytes is not None:
-        most = {"shard_bytes": shard_bytes, "cut_rows": True}
-    written = tensor_files.write_tensors(
-        quantized_weights.plain_parts(model.state_dict()), directory, **most
-    )
+    most: dict[str, Any] = {"shard_bytes": shard_bytes, "cut_rows": True} if shard_bytes else {}
+    tensors = quantized_weights.plain_parts(model.state_dict())
+    tensor_files.write_tensors(tensors, directory, **most)
+    write_config(model, directory, tokenizer_fingerprint)
+
+
+def write_config(model: nn.Module, directory: Path, tokenizer_fingerprint: str | None) -> None:
+    """Write the config.json of weight files that are there; arguments are ``write_weights``'s."""
     raw: dict[str, Any] = {
         "model_type": MODEL_TYPE if isinstance(model, Decoder) else CLASSIFIER_TYPE,
         "format": FORMAT,
         **describe(model),
-        "weights": {file.name: files.sha256(file) for file in written},
+        "weights": tensor_files.hashes(directory),
     }
     if tokenizer_fingerprint is not None:
         raw["tokenizer_fingerprint"] = tokenizer_fingerprint
@@ -211,10 +213,8 @@ def write_weights(
 
 def add_hashes(directory: Path) -> None:
     """Put the SHA-256 of each weight file into a config.json that lacks them, as ``load`` wants."""
-    written = sorted(directory.glob("model*.safetensors"))
-    if written:
-        raw = files.read_json(directory / CONFIG)
-        raw["weights"] = {file.name: files.sha256(file) for file in written}
+    if hashes := tensor_files.hashes(directory):
+        raw = {**files.read_json(directory / CONFIG), "weights": hashes}
         files.write_json(raw, directory / CONFIG)
 
 

@@ -18,6 +18,7 @@ def compile_blocks(
     *,
     backend: str | Callable[..., Any] = "inductor",
     activation_memory: float = 1.0,
+    whole: bool = True,
 ) -> None:
     """Let ``torch.compile`` compile the blocks of a model, each when it first runs.
 
@@ -33,6 +34,8 @@ def compile_blocks(
             fastest. Just below 1 it keeps what products and attention give, and computes what lies
             between them, element by element, again; further down attention and products too, those
             that cost least for their size first. 1 is the fastest.
+        whole: a block is one graph, or an error. False lets what is kept out of graphs on purpose,
+            such as messages between processes, part it into several.
 
     Raises:
         ValueError: activation_memory outside of (0, 1].
@@ -47,7 +50,7 @@ def compile_blocks(
     for module in model.modules():
         if isinstance(module, Block):
             # A graph break would run part of a block uncompiled, in silence.
-            module.compile(fullgraph=True, backend=backend)
+            module.compile(fullgraph=whole, backend=backend)
 
 
 def _keeping(share: float, backend: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -1,12 +1,14 @@
 """Operation counts of the package's ops for torch's counter, which cannot look into them."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
 # Each defines its ops when it is imported.
 import transnormer.ops.cross_entropy.fused
+import transnormer.ops.glu
 import transnormer.ops.joint_attention
 import transnormer.ops.linear_attention.constant_decay
 import transnormer.ops.linear_attention.gated_decay  # noqa: F401
@@ -38,7 +40,8 @@ def flop_formulas() -> dict[Any, Formula]:
 
     Linear attention counts ``attention_flops``, its backward pass twice as much. The loss counts the
     product with the head, its backward pass three: the logits are made again. Where its gradients
-    are formed beside it, the loss counts three and its backward pass none.
+    are formed beside it, the loss counts three and its backward pass none. A gated unit behind its
+    projection counts the product with the weight, its backward pass two.
     """
 
     def forward(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
@@ -54,6 +57,12 @@ def flop_formulas() -> dict[Any, Formula]:
     def joint_backward(grad: Any, x: Any, o: Any, active: Any, *rest: Any, **options: Any) -> int:
         return 2 * joint(x, *rest)
 
+    def glu(joint: Any, weight: Any, *rest: Any, **options: Any) -> int:
+        return prod(joint[:-1]) * 2 * weight[0] * weight[1]
+
+    def glu_backward(grad: Any, joint: Any, weight: Any, *rest: Any, **options: Any) -> int:
+        return 2 * glu(joint, weight)
+
     def loss(x: Any, weight: Any, labels: Any, **options: Any) -> int:
         return 2 * x[0] * weight[0] * weight[1]
 
@@ -68,6 +77,8 @@ def flop_formulas() -> dict[Any, Formula]:
         ops.linear_cross_entropy: loss,
         ops.linear_cross_entropy_backward: loss_backward,
         ops.linear_cross_entropy_sum: loss_sum,
+        ops.gated_projection: glu,
+        ops.gated_projection_backward: glu_backward,
         ops.joint_attention: joint,
         ops.joint_attention_backward: joint_backward,
     }

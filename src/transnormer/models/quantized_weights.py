@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transnormer.models.tensor_files import StoredTensor
+from transnormer.ops import few_rows
 
 _BYTES, _PACKED, _SCALE = ".qdata", ".packed", ".scale"
 # What torch's 4-bit tile kernels take: inputs in multiples, outputs in multiples, and their tiles.
 _TILE_INPUTS, _TILE_OUTPUTS, _INNER_TILES = 1024, 8, 8
 # Rows up to which reading int8 weights is most of the work of a product on a CPU.
 _FEW = 16
+_BY_ROWS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rounded(NamedTuple):
@@ -39,18 +41,26 @@ class ByRowsLinear(nn.Linear):
     """A projection whose weight is int8 with a scale a row: few rows on a CPU read it as it is.
 
     torchao multiplies by a copy of the whole weight in the inputs' dtype, which costs a decoding
-    step more than the products. Sums are float32, scales come in at the end.
+    step more than the products. Sums are float32 or exact (``ops.few_rows``), scales come in at the
+    end. Where a gradient is needed, and for many rows, torchao's way is left.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Any = self.weight
         rows = input.numel() // self.in_features
-        # The kernel of torch 2.13 leaves out inputs beyond the last 32 in bfloat16.
-        if input.device.type != "cpu" or rows > _FEW or self.in_features % 32:
+        on_cpu = input.device.type == "cpu" and rows <= _FEW and input.dtype in _BY_ROWS
+        if not on_cpu or (torch.is_grad_enabled() and input.requires_grad):
             return F.linear(input, weight, self.bias)
-        scales = weight.scale.to(input.dtype).flatten()
-        x = input.reshape(rows, self.in_features)
-        y = torch.ops.aten._weight_int8pack_mm(x, weight.qdata, scales)
+        x, compiling = input.reshape(rows, self.in_features), torch.compiler.is_compiling()
+        # A compiler cannot follow numbers that are read from a tensor.
+        if few_rows.reads_integers(self.in_features) and not compiling:
+            y = few_rows.int8_product(x, weight.qdata, weight.scale)
+        elif self.in_features % 32 == 0:
+            scales = weight.scale.to(input.dtype).flatten()
+            y = torch.ops.aten._weight_int8pack_mm(x, weight.qdata, scales)
+        else:
+            # The kernel of torch 2.13 leaves out inputs beyond the last 32 in bfloat16.
+            return F.linear(input, weight, self.bias)
         y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

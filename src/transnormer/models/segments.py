@@ -20,24 +20,23 @@ from transnormer.models.decoder import Decoder
 from transnormer.models.random_state import random_state, set_random_state
 from transnormer.models.state import DecoderState
 from transnormer.nn.state import LayerState, map_tensors, tensors_of
-from transnormer.ops import linear_cross_entropy
 from transnormer.ops.checks import check_cu_seqlens, check_tensor
 
 Context = Callable[[], AbstractContextManager[object]]
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     """Tokens start to end of every row.
 
     Attributes:
         bounds: of the packed sequences inside, from 0 to end - start; None where rows are sequences.
-        continues: whether its rows (packed: its first one) began before it.
+        history: tokens before it of its rows (packed: of its first one); 0 where they begin here.
     """
 
     start: int
     end: int
     bounds: tuple[int, ...] | None
-    continues: bool
+    history: int
 
 
 class _Start(NamedTuple):
@@ -97,22 +96,7 @@ def backward_in_segments(
         NotImplementedError: a bidirectional model, or one with states that grow (softmax layers).
         ValueError: segment_tokens below 1; as ``Decoder.loss``.
     """
-    if segment_tokens < 1:
-        raise ValueError(f"segment_tokens is {segment_tokens}; expected at least 1")
-    config = model.config
-    inputs.check(input_ids, config.vocab_size, None, None, None, config.causal)
-    check_tensor("labels", labels)
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels has shape {list(labels.shape)}; expected input_ids' {list(input_ids.shape)}"
-        )
-    if cu_seqlens is not None:
-        # Planning cuts the bounds to segments, which would hide that they do not fit.
-        cu_seqlens = cu_seqlens.cpu()
-        batch, seq = input_ids.shape
-        check_cu_seqlens(cu_seqlens, batch, seq, cu_seqlens.device)
-    check_segments(model)
-    segments = _plan(input_ids.shape[1], segment_tokens, cu_seqlens)
+    segments = plan_segments(model, input_ids, labels, segment_tokens, cu_seqlens)
     starts = _forward(model, input_ids, segments, context)
     after = None
     total = torch.zeros((), dtype=torch.float64, device=input_ids.device)
@@ -122,11 +106,9 @@ def backward_in_segments(
             set_random_state(start.random)
         carried = None if start.state is None else _leaves(start.state)
         with context():
-            x, state = _read(model, input_ids, segment, carried)
+            x, state = read_segment(model, input_ids, segment, carried)
             part = labels[:, segment.start : segment.end]
-            loss = linear_cross_entropy(
-                x.flatten(0, 1), model.head_weight, part.flatten(), reduction="sum"
-            )
+            loss = model.summed_loss(x.flatten(0, 1), part.flatten())
         if after is None and start.random is not None:
             after = random_state()
         outputs: list[Tensor] = [loss / divisor]
@@ -143,23 +125,46 @@ def backward_in_segments(
     return total
 
 
-def _plan(seq: int, segment_tokens: int, cu_seqlens: Tensor | None) -> list[_Segment]:
-    """The segments of a row, and which sequences lie in each."""
-    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-    begins = {0} if bounds is None else set(bounds)
+def plan_segments(
+    model: Decoder,
+    input_ids: Tensor,
+    labels: Tensor,
+    segment_tokens: int,
+    cu_seqlens: Tensor | None,
+) -> list[Segment]:
+    """The segments of the rows of a batch; arguments and errors as ``backward_in_segments``'s."""
+    if segment_tokens < 1:
+        raise ValueError(f"segment_tokens is {segment_tokens}; expected at least 1")
+    config = model.config
+    inputs.check(input_ids, config.vocab_size, None, None, None, config.causal)
+    check_tensor("labels", labels)
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}; expected input_ids' {list(input_ids.shape)}"
+        )
+    batch, seq = input_ids.shape
+    bounds = None
+    if cu_seqlens is not None:
+        # Planning cuts the bounds to segments, which would hide that they do not fit.
+        cu_seqlens = cu_seqlens.cpu()
+        check_cu_seqlens(cu_seqlens, batch, seq, cu_seqlens.device)
+        bounds = cu_seqlens.tolist()
+    check_segments(model)
     segments = []
     for start in range(0, seq, segment_tokens):
         end = min(start + segment_tokens, seq)
-        inside = None
-        if bounds is not None:
-            inside = tuple(sorted({min(max(x, start), end) - start for x in (*bounds, start, end)}))
-        segments.append(_Segment(start, end, inside, start not in begins))
+        if bounds is None:
+            segments.append(Segment(start, end, None, start))
+            continue
+        inside = tuple(sorted({min(max(x, start), end) - start for x in (*bounds, start, end)}))
+        began = max(x for x in bounds if x <= start)
+        segments.append(Segment(start, end, inside, start - began))
     return segments
 
 
 @torch.no_grad()
 def _forward(
-    model: Decoder, input_ids: Tensor, segments: list[_Segment], context: Context
+    model: Decoder, input_ids: Tensor, segments: list[Segment], context: Context
 ) -> list[_Start]:
     """What every segment starts from; the last segment is not computed."""
     draws = model.training and model.config.dropout > 0
@@ -169,15 +174,22 @@ def _forward(
         if following is None:
             break
         with context():
-            _, state = _read(model, input_ids, segment, carried)
-        carried = _carried(state, segment) if following.continues else None
+            _, state = read_segment(model, input_ids, segment, carried)
+        carried = _carried(state, segment) if following.history else None
     return starts
 
 
-def _read(
-    model: Decoder, input_ids: Tensor, segment: _Segment, carried: DecoderState | None
+def read_segment(
+    model: Decoder, input_ids: Tensor, segment: Segment, carried: DecoderState | None
 ) -> tuple[Tensor, DecoderState]:
-    """Hidden states of a segment, and the state of all its rows after it."""
+    """Hidden states of a segment, and the state of all its rows after it.
+
+    Args:
+        model: as ``backward_in_segments``'s.
+        input_ids: whole rows.
+        segment: which of their tokens.
+        carried: what the rows that continue start from; None where none does.
+    """
     ids = input_ids[:, segment.start : segment.end]
     bounds, rows = None, input_ids.shape[0]
     if segment.bounds is not None:
@@ -202,7 +214,7 @@ def _joined(first: DecoderState, second: DecoderState) -> DecoderState:
     return DecoderState(tuple(layers), torch.cat([first.positions, second.positions]))
 
 
-def _carried(state: DecoderState, segment: _Segment) -> DecoderState:
+def _carried(state: DecoderState, segment: Segment) -> DecoderState:
     """The rows that may go on behind a segment: all, or the last packed sequence."""
     if segment.bounds is None:
         return state

@@ -3,16 +3,16 @@
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transnormer.files import read_json, sync, write_json
+from transnormer.files import read_json, sha256, sync, write_json
 
 SINGLE, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -31,6 +31,11 @@ class StoredTensor(NamedTuple):
 def has_weights(directory: Path) -> bool:
     """True if the directory holds weights in one of the four known forms."""
     return any((directory / n).is_file() for n in (SINGLE, SHARD_INDEX, BIN_SINGLE, BIN_INDEX))
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each safetensors file with weights, by its name."""
+    return {file.name: sha256(file) for file in sorted(directory.glob("model*.safetensors"))}
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -64,6 +69,7 @@ def write_tensors(
     *,
     shard_bytes: int = SHARD_BYTES,
     cut_rows: bool = False,
+    stem: str = "model",
 ) -> list[Path]:
     """Write tensors as safetensors, in several files with an index where they exceed shard_bytes.
 
@@ -75,6 +81,7 @@ def write_tensors(
         shard_bytes: the most of tensors in one file; a larger tensor has a file of its own.
         cut_rows: cut larger tensors into rows instead. ``read_tensors`` joins them again; other
             packages do not.
+        stem: what the files' names begin with.
 
     Returns:
         the weight files, without the index.
@@ -84,29 +91,90 @@ def write_tensors(
     """
     if cut_rows:
         tensors = _cut(tensors, shard_bytes)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        names = [SINGLE]
-    else:
-        count = len(shards)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_safetensors(shard, directory / name)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(
-            {"metadata": {"total_size": total}, "weight_map": where}, directory / SHARD_INDEX
-        )
+    groups = dealt_out({name: x.nbytes for name, x in tensors.items()}, shard_bytes)
+    names = file_names(stem, len(groups))
+    for file, group in zip(names, groups, strict=True):
+        shard = {name: tensors[name].detach().contiguous() for name in group}
+        _write_safetensors(shard, directory / file)
+    if len(groups) > 1:
+        where = {key: file for file, group in zip(names, groups, strict=True) for key in group}
+        write_index(where, sum(x.nbytes for x in tensors.values()), directory, stem)
     return [directory / name for name in names]
+
+
+def dealt_out(sizes: Mapping[str, int], most: int = SHARD_BYTES) -> list[list[str]]:
+    """Names in their order, for one file or for several that hold at most so many bytes each.
+
+    A larger tensor has a file of its own.
+    """
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(sizes):
+        if groups[-1] and size + sizes[name] > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += sizes[name]
+    return groups
+
+
+def file_names(stem: str, count: int) -> list[str]:
+    """What one file, or each of several, is called."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def write_index(where: Mapping[str, str], total: int, directory: Path, stem: str) -> None:
+    """Write the index of several files: which tensor is in which, and their bytes in all."""
+    index = directory / f"{stem}.safetensors.index.json"
+    write_json({"metadata": {"total_size": total}, "weight_map": dict(where)}, index)
+
+
+class OpenTensors(Mapping[str, Any]):
+    """Tensors that are read when they are sliced, so that a part of one costs no more than it is.
+
+    A value is safetensors' slice: ``x[...]``, ``x[rows, columns]`` and ``x.get_shape()``; of a tensor
+    without dims it is the tensor.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Open safetensors files; their names must differ.
+
+        Raises:
+            ValueError: a damaged file.
+        """
+        self._where: dict[str, Any] = {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt", device="cpu").__enter__()
+            except SafetensorError as error:
+                raise _damaged(path, error) from error
+            self._where |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> Any:
+        found = self._where[name].get_slice(name)
+        return found if found.get_shape() else self._where[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def open_tensors(directory: Path, stem: str) -> OpenTensors:
+    """Open what ``write_tensors`` wrote under a stem.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a damaged file.
+    """
+    single = directory / f"{stem}.safetensors"
+    files = [single] if single.is_file() else sorted(directory.glob(f"{stem}-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{directory} holds no {single.name}; expected it; check the path")
+    return OpenTensors(files)
 
 
 def _cut(tensors: Mapping[str, Tensor], most: int) -> dict[str, Tensor]:
@@ -171,9 +239,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; expected a safetensors file; copy it again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} is damaged: {error}; expected a safetensors file; copy it again")
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """AdamW whose moments, and parameters if wanted, are bfloat16, rounded stochastically."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,35 @@ def _flat(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(storage, offset, size)  # pyrefly: ignore[no-matching-overload]
 
 
+def _own(x: Any) -> Tensor:
+    """This rank's share of a tensor that lies on several ranks; any other as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+@contextmanager
+def _noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
+    """Draw the same numbers on all ranks that hold the same share of a parameter.
+
+    Rounded by numbers of their own, ranks with the same values would drift apart. The random state
+    is left as it was.
+    """
+    if not hasattr(parameter, "placements"):
+        yield
+        return
+    mesh, share = parameter.device_mesh, 0
+    for size, place, how in zip(mesh.shape, mesh.get_coordinate(), parameter.placements):
+        if not how.is_replicate():
+            share = share * size + place
+    device = _own(parameter).device
+    seed = (step << 40) + (number << 20) + share
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with 4 bytes of state a parameter, not 8.
 
@@ -73,7 +103,8 @@ class RoundedAdamW(torch.optim.Optimizer):
 
     in float32, with m and v as they are before they are rounded for the next step. Parameters are
     float32, or bfloat16 ones that are rounded the same way. One tensor at a time: what a step
-    allocates is a few float32 copies of the largest; compiled, it is one pass without any.
+    allocates is a few float32 copies of the largest; compiled, it is one pass without any. Of
+    parameters that lie on several ranks each updates its share.
     """
 
     def __init__(
@@ -108,12 +139,14 @@ class RoundedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
         """Update the parameters that have gradients; a closure is not called."""
+        number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
+                number += 1
                 if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group)
+                    self._step(parameter, parameter.grad, group, number)
 
-    def _step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], number: int) -> None:
         state, (beta1, beta2), lr = self.state[parameter], group["betas"], group["lr"]
         if not state:
             # On the CPU: the step decides numbers of the host, and reading it must not wait.
@@ -123,12 +156,18 @@ class RoundedAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         numbers = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / (1 - beta2**step))
-        tensors = (parameter, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+        held = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
+        own, change, *moments = (_own(x) for x in held)
+        if not own.numel():
+            # Fewer rows than ranks.
+            return
+        tensors = (own, change.contiguous(), *moments)
         if self._compiled:
             tensors = tuple(_flat(x) for x in tensors)
-        self._update(
-            *tensors,
-            *(torch.tensor(number, dtype=torch.float32) for number in numbers),
-            betas=(beta1, beta2),
-            eps=group["eps"],
-        )
+        with _noise_of_share(parameter, number, step):
+            self._update(
+                *tensors,
+                *(torch.tensor(value, dtype=torch.float32) for value in numbers),
+                betas=(beta1, beta2),
+                eps=group["eps"],
+            )

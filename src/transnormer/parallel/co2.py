@@ -11,66 +11,16 @@ other methods are settings of this one, see ``OuterConfig.of``.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from transnormer.config import Config
-
-Method = Literal["local", "slowmo", "diloco", "co2", "co2_eager"]
-
-
-class OuterConfig(Config):
-    """The outer step.
-
-    Attributes:
-        tau: updates of a round.
-        delayed: use the average of the round before, whose all-reduce ran beside this round.
-        eager: of a late average, replace one's own stale share by the fresh one (Kale et al. 2025,
-            arXiv:2502.12996).
-        momentum: beta.
-        nesterov: step along beta m + g instead of m.
-        lr: eta.
-        clip: phi, the largest step of an entry before eta; None never clips.
-        penalty: Lambda, by which a late average is divided: "none" is 1; "const" is
-            ``penalty_value``; "gap" is 1 + |x_{t,0} - x_{t-1,0}| / (tau gamma sqrt(n)) with the
-            first inner rate gamma of the round and n parameters: a form of our own, since the
-            paper's equation 3 was not at hand.
-        penalty_value: of "const".
-    """
-
-    tau: int = Field(ge=1)
-    delayed: bool = False
-    eager: bool = False
-    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
-    nesterov: bool = False
-    lr: float = Field(default=1.0, gt=0.0)
-    clip: float | None = Field(default=None, gt=0.0)
-    penalty: Literal["none", "const", "gap"] = "none"
-    penalty_value: float = Field(default=1.0, ge=1.0)
-
-    @classmethod
-    def of(cls, method: Method, tau: int) -> "OuterConfig":
-        """The published settings of a method.
-
-        "local": local SGD, plain averaging. "slowmo": Wang et al. 2020 (arXiv:1910.00643), momentum
-        0.5. "diloco": Douillard et al. 2023 (arXiv:2311.08105), Nesterov 0.9 at rate 0.7. "co2":
-        one round late, with penalty and clip. "co2_eager": the same with eager shares.
-        """
-        late: dict[str, object] = {"delayed": True, "momentum": 0.2, "penalty": "gap", "clip": 1.0}
-        settings: dict[Method, dict[str, object]] = {
-            "local": {},
-            "slowmo": {"momentum": 0.5},
-            "diloco": {"momentum": 0.9, "nesterov": True, "lr": 0.7},
-            "co2": late,
-            "co2_eager": {"delayed": True, "eager": True, "momentum": 0.2},
-        }
-        return cls.model_validate({"tau": tau, **settings[method]})
+from transnormer.parallel.outer_config import OuterConfig, OuterReport
 
 
 def automatic_tau(all_reduce_seconds: float, update_seconds: float) -> int:
@@ -84,6 +34,12 @@ class OuterSync:
     Live parameters are never reduced: their difference from the round's start is copied into a
     buffer of its own. Beside the parameters it keeps the start, the momentum and that buffer
     (eager: also its own last difference), flat, in float32 (float64 for float64 parameters).
+
+    Attributes:
+        config: the method.
+        tau: updates of a round, the one that runs included; may be set between updates.
+        round: outer steps made.
+        updates: made since the last of them.
     """
 
     def __init__(
@@ -99,7 +55,8 @@ class OuterSync:
             parameters: of the model, the same values on all workers; DTensors count with the share
                 that this rank holds.
             config: the method.
-            workers: ranks that hold the same share, one a worker; None is all processes.
+            workers: ranks that hold the same share, one a worker; None is all processes. Nothing
+                else should be sent in it: what is would wait for the all-reduce under way.
             shards: ranks that share the parameters of one worker; None is this one alone.
         """
         self.config, self._workers, self._shards = config, workers, shards
@@ -110,36 +67,48 @@ class OuterSync:
         self._average: Tensor | None = None
         self._own: Tensor | None = None
         self._work: dist.Work | None = None
-        self._updates = 0
+        self.tau, self.round, self.updates = config.tau, 0, 0
         self._first_lr = 0.0
+        ranks = 1 if shards is None else dist.get_world_size(shards)
+        # How much an entry of each parameter counts in a sum over the shards: what several of them
+        # hold counts once.
+        self._weights = [_pieces(p) / ranks for p in self._parameters]
         # Sum of squares of the last outer move, over all shards; and the number of parameters.
         self._moved = 0.0
-        self._count = int(self._over_shards(float(self._start.numel())))
+        sizes = [x.numel() for x in self._locals()]
+        own = sum(n * weight for n, weight in zip(sizes, self._weights, strict=True))
+        self._count = round(self._over_shards(own))
 
     @torch.no_grad()
-    def after_update(self, lr: float) -> bool:
+    def after_update(self, lr: float) -> OuterReport | None:
         """Count an update of the inner optimizer; make the outer step at the end of a round.
 
         Args:
             lr: the rate of that update.
 
         Returns:
-            whether an outer step was made.
+            the outer step, where one was made.
         """
-        if self._updates % self.config.tau == 0:
+        if self.updates == 0:
             self._first_lr = lr
-        self._updates += 1
-        if self._updates % self.config.tau:
-            return False
-        own = self._start - self._flat()
+        self.updates += 1
+        if self.updates < self.tau:
+            return None
+        own = self._flat()
+        torch.sub(self._start, own, out=own)
         if self.config.delayed:
+            exposed = self._work is not None and not self._work.is_completed()
             found = self._late_average(own)
         else:
-            found = own
+            exposed, found = True, own
             dist.all_reduce(found, group=self._workers)
             found /= self._size
-        self._step(found)
-        return True
+        penalty = self._penalty()
+        if found is not None:
+            self._step(found, penalty)
+        self._put(self._start)
+        self.round, self.updates = self.round + 1, 0
+        return OuterReport(self.round, self.tau, penalty if self.config.delayed else None, exposed)
 
     def _late_average(self, own: Tensor) -> Tensor | None:
         """The average of the round before; begins that of this round."""
@@ -161,29 +130,41 @@ class OuterSync:
             self._average /= self._size
         self._work = None
 
-    def _step(self, found: Tensor | None) -> None:
+    def _step(self, found: Tensor, penalty: float) -> None:
+        """Make the outer step of an average, whose memory is used up."""
         config = self.config
-        if found is not None:
-            found = found / self._penalty()
-            self._momentum = config.momentum * self._momentum + found
-            step = self._momentum
-            if config.nesterov:
-                step = config.momentum * self._momentum + found
-            if config.clip is not None:
-                step = step.clamp(-config.clip, config.clip)
-            move = config.lr * step
-            if config.penalty == "gap":
-                self._moved = self._over_shards(float(move.square().sum(dtype=torch.float64)))
-            self._start = self._start - move
-        self._put(self._start)
+        found /= penalty
+        self._momentum.mul_(config.momentum).add_(found)
+        if config.nesterov:
+            found += config.momentum * self._momentum
+        else:
+            found.copy_(self._momentum)
+        move = self._clipped(found).mul_(config.lr)
+        if config.penalty == "gap":
+            self._moved = self._over_shards(self._square(move))
+        self._start -= move
+
+    def _clipped(self, step: Tensor) -> Tensor:
+        """The step itself, clipped in place."""
+        clip = self.config.clip
+        return step if clip is None else step.clamp_(-clip, clip)
 
     def _penalty(self) -> float:
         if self.config.penalty == "const":
             return self.config.penalty_value
         if self.config.penalty == "none" or self._first_lr == 0.0:
             return 1.0
-        scale = self.config.tau * self._first_lr * math.sqrt(self._count)
+        scale = self.tau * self._first_lr * math.sqrt(self._count)
         return 1.0 + math.sqrt(self._moved) / scale
+
+    def _square(self, x: Tensor) -> float:
+        """This rank's part of the sum of squares over all shards, in float64."""
+        squares = x.square()
+        if all(weight == 1.0 for weight in self._weights):
+            return float(squares.sum(dtype=torch.float64))
+        parts = squares.split([p.numel() for p in self._locals()])
+        sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
+        return float(sums @ sums.new_tensor(self._weights))
 
     def _over_shards(self, value: float) -> float:
         if self._shards is None:
@@ -210,12 +191,57 @@ class OuterSync:
         for x, values in zip(parts, flat.split([x.numel() for x in parts]), strict=True):
             x.copy_(values.view_as(x))
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the parameters be where the workers would meet now, and afterwards what they were.
+
+        That is their mean, less the step of a late average that none has made yet:
+        mean x^i - eta clip(delta / Lambda, -phi, phi), of eager workers with the (G - 1) / G of delta
+        that is not their own. The momentum rests.
+        """
+        own = self._flat()
+        mean = own.clone()
+        dist.all_reduce(mean, group=self._workers)
+        mean /= self._size
+        self.drain()
+        if self._average is not None:
+            left = 1.0 - 1.0 / self._size if self.config.eager else 1.0
+            mean -= self._clipped(self._average * left / self._penalty()) * self.config.lr
+        self._put(mean)
+        del mean
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def all_reduce_seconds(self) -> float:
+        """How long one all-reduce of what this rank holds takes now, the better of two."""
+        buffer, found = torch.zeros_like(self._start), math.inf
+        self.drain()
+        for _ in range(2):
+            # All begin together.
+            dist.all_reduce(buffer[:1], group=self._workers)
+            self._finish()
+            began = time.perf_counter()
+            dist.all_reduce(buffer, group=self._workers)
+            self._finish()
+            found = min(found, time.perf_counter() - began)
+        return found
+
+    def _finish(self) -> None:
+        if self._start.is_cuda:
+            torch.cuda.synchronize(self._start.device)
+
     def state_tensors(self) -> dict[str, Tensor]:
         """This rank's state, with what was under way drained; a worker's own, as its parameters
         between two outer steps are."""
         self.drain()
-        counts = torch.tensor([self._updates, self._first_lr, self._moved], dtype=torch.float64)
-        state = {"start": self._start, "momentum": self._momentum, "counts": counts}
+        counts = [self.updates, self._first_lr, self._moved, self.round, self.tau]
+        state = {
+            "start": self._start,
+            "momentum": self._momentum,
+            "counts": torch.tensor(counts, dtype=torch.float64),
+        }
         if self._average is not None:
             state["average"] = self._average
         if self._own is not None:
@@ -224,6 +250,8 @@ class OuterSync:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what ``state_tensors`` returned on this rank; parameters are not touched.
+
+        ``tau`` too is that of the state.
 
         Raises:
             ValueError: the state of another share of parameters.
@@ -240,5 +268,13 @@ class OuterSync:
         average, own = tensors.get("average"), tensors.get("own")
         self._average = None if average is None else average.to(device, copy=True)
         self._own = None if own is None else own.to(device, copy=True)
-        updates, self._first_lr, self._moved = tensors["counts"].tolist()
-        self._updates = int(updates)
+        updates, self._first_lr, self._moved, rounds, tau = tensors["counts"].tolist()
+        self.updates, self.round, self.tau = int(updates), int(rounds), int(tau)
+
+
+def _pieces(parameter: Tensor) -> int:
+    """Over how many ranks a parameter is cut."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if not placement.is_replicate())

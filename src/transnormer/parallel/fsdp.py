@@ -43,14 +43,41 @@ def apply_fsdp(
                 fully_shard(part, mesh=mesh, mp_policy=own)
         fully_shard(block, mesh=mesh, mp_policy=rounded)
     fully_shard(model, mesh=mesh, mp_policy=own)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is divided by the labels of all ranks: gradients are sums.
-            module.set_gradient_divide_factor(1.0)
-            # A factor in the reduction is not known to every backend, and 1 needs none.
-            module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "loss")
+    for module in _shared(model):
+        # The loss is divided by the labels of all ranks: gradients are sums.
+        module.set_gradient_divide_factor(1.0)
+        # A factor in the reduction is not known to every backend, and 1 needs none.
+        module.set_force_sum_reduction_for_comms(True)
+    for method in ("loss", "gather_parameters", "read_turn", "share_gradients"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
     return model
+
+
+def hold_whole(model: nn.Module) -> None:
+    """Gather all parameters and keep them, and let gradients add up whole, until ``share_out``.
+
+    Call it in a method that is registered as a forward one.
+    """
+    for module in _shared(model):
+        module.set_requires_gradient_sync(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
+        if module is not model:
+            module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def share_out(model: nn.Module) -> None:
+    """Let the next backward pass sum all gradients over the ranks and keep shares alone again."""
+    for module in _shared(model):
+        module.set_requires_gradient_sync(True, recurse=False)
+        module.set_reshard_after_backward(True, recurse=False)
+        if module is not model:
+            module.set_reshard_after_forward(True, recurse=False)
+
+
+def _shared(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _reduce_dtype(model: nn.Module) -> torch.dtype:

@@ -2,19 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from transnormer.models.decoder import Decoder
 from transnormer.optim import Optimizer
 from transnormer.parallel.fsdp import apply_fsdp
+from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.mesh import Axes, build_meshes
+from transnormer.parallel.one_model import OneModel
+from transnormer.parallel.segment_wave import apply_segments
 from transnormer.parallel.sequence import apply_sequence_parallel
-from transnormer.parallel.state_dict import clip, gather_whole, load_whole, spread_like, total_norm
-from transnormer.parallel.state_exchange import Exchange
+from transnormer.parallel.shares import Share, fill_all, share_of, states_like
+from transnormer.parallel.staged import StagedShares, from_first
+from transnormer.parallel.state_dict import clip, gather_whole, total_norm
+from transnormer.parallel.state_exchange import Chain, Exchange
 from transnormer.parallel.tensor import apply_tensor_parallel
 from transnormer.parallel.tensor_layers import Fused
 
@@ -24,7 +30,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=2)
 
 
-class Layout:
+class Layout(OneModel):
     """A ``GradSync`` of many processes: data, sharded and sequence parallelism on one mesh.
 
     The loss of a step is divided by the labels of all processes, so gradients are sums over them,
@@ -45,6 +51,7 @@ class Layout:
         *,
         exchange: Exchange = "gather",
         overlap: bool = False,
+        cut_residual: bool = False,
         gather_dtype: torch.dtype | None = None,
     ) -> None:
         """Lay the started processes out; every process calls it.
@@ -53,6 +60,7 @@ class Layout:
             axes: how many ranks along which axis.
             device: of this process.
             exchange, overlap: of ``apply_sequence_parallel``.
+            cut_residual: of ``apply_tensor_parallel``.
             gather_dtype: of ``apply_fsdp``.
 
         Raises:
@@ -62,6 +70,7 @@ class Layout:
         self._meshes = build_meshes(axes, device.type)
         self._exchange: Exchange = exchange
         self._overlap, self._gather_dtype = overlap, gather_dtype
+        self._cut_residual = cut_residual
         dp = self._meshes.tokens["dp"]
         self._dp = dp.get_group()
         self.rank, self.world_size = dp.get_local_rank(), dp.size()
@@ -72,6 +81,10 @@ class Layout:
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         assert isinstance(patient, dist.ProcessGroup)
         self._patient = patient
+        # Checkpoints are written beside the training, whose collectives must not mix with theirs.
+        saving = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(saving, dist.ProcessGroup)
+        self._saving = saving
         self._plain: Callable[..., nn.Module] = Decoder
         self._fused: dict[str, Fused] = {}
 
@@ -100,10 +113,31 @@ class Layout:
                     f"parallel.tp is {self._axes.tp} and the model a {type(model).__name__}; "
                     "expected a decoder; set it to 1"
                 )
-            self._fused = apply_tensor_parallel(model, held["tp"]).fused
-        mesh = held["dp_replicate", "fsdp"] if self._axes.dp_replicate > 1 else held["fsdp"]
-        apply_fsdp(model, mesh, gather_dtype=self._gather_dtype)
+            tp = apply_tensor_parallel(model, held["tp"], cut_residual=self._cut_residual)
+            self._fused = tp.fused
+        if isinstance(model, Decoder) and model.config.causal and self._axes.tp == 1:
+            parts = self._meshes.tokens["sp"]
+            chain = Chain(parts.get_group(), parts.get_local_rank(), parts.size())
+            apply_segments(model, chain, self._second_group() if chain.size > 1 else None)
+        mesh = self._fsdp_mesh()
+        if mesh is not None:
+            apply_fsdp(model, mesh, gather_dtype=self._gather_dtype)
         return model
+
+    def _second_group(self) -> dist.ProcessGroup:
+        """One more group of the ranks that share sequences."""
+        ranks = self._meshes.tokens.mesh.transpose(1, 2).flatten(0, 1).tolist()
+        group, _ = dist.new_subgroups_by_enumeration(ranks)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def _fsdp_mesh(self) -> DeviceMesh | None:
+        """The ranks whose gradients are summed: shares of one copy, and of all copies.
+
+        None where a rank holds a copy alone and sums with nobody.
+        """
+        held = self._meshes.parameters
+        return held["dp_replicate", "fsdp"] if self._axes.dp_replicate > 1 else held["fsdp"]
 
     def total(self, values: Tensor) -> Tensor:
         """Return values, float64 [n] on any device, summed over the ranks with other batches."""
@@ -154,25 +188,44 @@ class Layout:
         weights: Mapping[str, Tensor],
         states: Mapping[str, Tensor],
     ) -> None:
-        """Copy whole weights and an optimizer's whole state into this rank's shares."""
-        weights, states = self._by_head(weights), self._by_head(states)
-        load_whole(model, weights)
-        held = dict(model.named_parameters())
-        owners = {name: name.rpartition("/")[0] for name in states}
-        like = {name: held[owner] for name, owner in owners.items() if owner in held}
-        optimizer.load_state_tensors(spread_like(states, like))
+        """Copy whole weights and an optimizer's whole state into this rank's shares.
+
+        Of files that are read by slices (``tensor_files.open_tensors``) each rank reads its own alone.
+        """
+        fill_all(self._shares(model.state_dict()), weights)
+        like = states_like(states, dict(model.named_parameters()))
+        fill_all(self._shares(like), states)
+        optimizer.load_state_tensors(like)
+
+    def stage(
+        self, model: nn.Module, optimizer: Optimizer, copies: HostCopies | None
+    ) -> StagedShares:
+        """Take this rank's shares of weights and optimizer state, to be written as a checkpoint.
+
+        Args:
+            model: as ``wrap`` gave it.
+            optimizer: of its parameters.
+            copies: where to copy them to, so that they may change while they are written; None
+                leaves them where they are.
+        """
+        # Copies of the model hold the same: the first one writes.
+        writes = self._meshes.parameters["dp_replicate"].get_local_rank() == 0
+        shares = {
+            "model": self._shares(model.state_dict(), writes=writes),
+            "optimizer": self._shares(optimizer.state_tensors(), writes=writes),
+        }
+        return StagedShares(model, shares, self._saving, copies)
+
+    def _shares(self, tensors: Mapping[str, Tensor], *, writes: bool = True) -> dict[str, Share]:
+        return {
+            name: share_of(x, self._fused_of(name) if x.ndim else None, writes=writes)
+            for name, x in tensors.items()
+        }
 
     def _by_part(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of fused projections in the order of one process."""
         return {
-            name: fused.by_part(x) if (fused := self._fused_of(name)) and x.ndim else x
-            for name, x in whole.items()
-        }
-
-    def _by_head(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rows of fused projections in the order of ranks that share layers."""
-        return {
-            name: fused.by_head(x) if (fused := self._fused_of(name)) and x.ndim else x
+            name: fused.by_part(x) if (fused := self._fused_of(name)) else x
             for name, x in whole.items()
         }
 
@@ -182,17 +235,7 @@ class Layout:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Call a function on the first process; return or raise on all what it did there."""
-        outcome: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                outcome[0] = make()
-            except Exception as error:
-                dist.broadcast_object_list([None, error], src=0, group=self._patient)
-                raise
-        dist.broadcast_object_list(outcome, src=0, group=self._patient)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        return from_first(make, self._patient)
 
     def highest(self, value: int) -> int:
         """The largest of all processes' values."""

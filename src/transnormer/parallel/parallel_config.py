@@ -2,10 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from transnormer.config import Config
 from transnormer.parallel.mesh import Axes
+from transnormer.parallel.outer_config import OuterTable
 
 
 class ParallelConfig(Config):
@@ -21,6 +22,10 @@ class ParallelConfig(Config):
             rank, "scan" so in blocks, for many ranks.
         sp_overlap: let the exchange run beside the attention within the parts, for two more
             products a layer: for slow links.
+        tp_residual: between blocks every rank of tp holds all tokens ("whole") or its part of them
+            ("cut"): less memory and work outside of the mixers, for the same bytes sent.
+        outer: lets the copies of dp_replicate go apart and meet every tau updates; None sums the
+            gradients of all copies in every step.
     """
 
     dp_replicate: int = Field(default=1, ge=1)
@@ -29,6 +34,17 @@ class ParallelConfig(Config):
     tp: int = Field(default=1, ge=1)
     sp_exchange: Literal["gather", "ring", "scan"] = "gather"
     sp_overlap: bool = False
+    tp_residual: Literal["whole", "cut"] = "whole"
+    outer: OuterTable | None = None
+
+    @model_validator(mode="after")
+    def _check_outer(self) -> "ParallelConfig":
+        if self.outer is not None and self.dp_replicate == 1:
+            raise ValueError(
+                "dp_replicate is 1 beside [parallel.outer]; expected at least 2 copies that go "
+                "apart and meet; set it, or leave the table out"
+            )
+        return self
 
     def axes(self, processes: int) -> Axes:
         """The axes of so many processes.

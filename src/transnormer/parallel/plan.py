@@ -1,36 +1,46 @@
 """Which layouts of a model fit on so many devices, what each holds and sends, and how fast it is.
 
-By formula, in a moment; ``plan_exact`` measures the memory of one layout on fake tensors. The models
-are TransNormerLLM's: lightning attention and a gated linear unit in every block.
+By formula, in a moment; ``plan_exact`` measures the memory of one layout on fake tensors.
 
 Memory of a rank, W ranks sharing the parameters of a copy and T the layers, N parameters, N_b those
-of a block, E those of embedding and head, n tokens of a rank, L blocks, d model_dim, f glu width:
+of a block, E those of embedding and head, n tokens of a rank, d model_dim, f glu width, V vocabulary:
 
     parameters 4 N / (W T), optimizer 8 N / (W T), gradients up to 4 N / (W T), all float32
     gathered: 4 E / T, one block in use and one on its way, 2 x 2 N_b / T
     kept activations a block: 12 d n + (28 d + 6 f) n / T bytes, or 4 d n where blocks are computed
-        again ("full")
-    at work: the block that is computed again and its gradients, and what the head's loss needs
+        again ("full"); 3 d n more where T > 1
+    at work: the block that is computed again and its gradients, or what the head's loss needs
 
-The coefficients of d and f count what autograd keeps under bfloat16 autocast, and what its backward
-makes; they are set so that the formula agrees with the tracker.
+The coefficients of d and f are those of TransNormerLLM's blocks, lightning attention and a gated
+linear unit: what autograd keeps under bfloat16 autocast, and what its backward makes; they are set so
+that the formula agrees with the tracker. What blocks of other kinds keep is counted (``plan_blocks``).
 """
 
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from transnormer.models.cost import ModelCost
-from transnormer.models.decoder import DecoderConfig
+from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.recompute import Checkpointing
 from transnormer.nn.channel_mixers import GluConfig
 from transnormer.nn.token_mixers import LightningConfig
 from transnormer.parallel.mesh import Axes
+from transnormer.parallel.plan_blocks import Kept, kept_by
+from transnormer.parallel.sequence import why_not_in_parts
+from transnormer.parallel.tensor_loss import LOGITS
+from transnormer.parallel.tensor_rules import why_not_on_ranks
 
 GIB = 2.0**30
 # Room for the allocator's fragments, the driver and NCCL.
 _USABLE = 0.92
 _ROWS = (1, 2, 4, 8)
+# Bytes of the loss for each logit that it works on at a time: 16 bits, and float32 four times.
+_LOGIT_BYTES = 18.0
+# What the backward of a block makes, of what its forward keeps inside.
+_GRADIENTS = 0.57
 
 
 class Machine(NamedTuple):
@@ -93,14 +103,23 @@ class Plan(NamedTuple):
 
 
 class _Sizes(NamedTuple):
+    """What the formulas need of a model.
+
+    Attributes:
+        layers, branches: blocks; token and channel mixers.
+        parameters, block, outside: of the model, a block, embedding and head.
+        kept: of a block, the mean.
+        state, growing: bytes of a sequence's state in all layers, and what a token adds to it.
+    """
+
     layers: int
-    dim: int
-    heads: int
-    glu: int
+    branches: int
     parameters: float
     block: float
     outside: float
-    key_dim: int
+    kept: Kept
+    state: float
+    growing: float
 
 
 @cache
@@ -110,40 +129,58 @@ def _cost(config: DecoderConfig) -> ModelCost:
 
 
 @cache
+def _meta(config: DecoderConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def has_formula(config: DecoderConfig) -> bool:
+    """Whether the formula knows what all blocks keep; what others keep is counted."""
+    return all(
+        isinstance(block.token_mixer, LightningConfig)
+        and isinstance(block.channel_mixer, GluConfig)
+        for block in config.blocks
+    )
+
+
+def _kept(config: DecoderConfig, index: int) -> Kept:
+    block, dim = config.blocks[index], config.model_dim
+    if has_formula(config):
+        assert isinstance(block.channel_mixer, GluConfig)
+        return Kept(12.0 * dim, 28.0 * dim + 6.0 * block.channel_mixer.hidden_dim)
+    # One of each kind.
+    return kept_by(config, config.blocks.index(block))
+
+
+@cache
 def _sizes(config: DecoderConfig) -> _Sizes:
-    """What the formulas need; NotImplementedError for another kind of model."""
-    for index, block in enumerate(config.blocks):
-        mixer, channel = block.token_mixer, block.channel_mixer
-        if not isinstance(mixer, LightningConfig) or not isinstance(channel, GluConfig):
-            raise NotImplementedError(
-                f"blocks[{index}] is {mixer.kind!r}; expected lightning attention with a gated "
-                "linear unit in every block: the formulas count those; take a tnl model"
-            )
-    last = config.blocks[-1]
-    assert isinstance(last.token_mixer, LightningConfig)
-    assert isinstance(last.channel_mixer, GluConfig)
-    cost = _cost(config)
-    outside = float(cost.parameters - cost.without_embeddings)
-    layers = len(config.blocks)
+    cost, layers = _cost(config), len(config.blocks)
+    kept = [_kept(config, index) for index in range(layers)]
     return _Sizes(
         layers,
-        config.model_dim,
-        last.token_mixer.heads,
-        last.channel_mixer.hidden_dim,
+        sum(1 if block.channel_mixer is None else 2 for block in config.blocks),
         float(cost.parameters),
         cost.without_embeddings / layers,
-        outside,
-        (last.token_mixer.hidden_dim or config.model_dim) // last.token_mixer.heads,
+        float(cost.parameters - cost.without_embeddings),
+        Kept(*(sum(parts) / layers for parts in zip(*kept, strict=True))),
+        float(cost.constant_state_bytes),
+        float(cost.state_bytes_per_token),
     )
 
 
 def memory_of(
-    config: DecoderConfig, axes: Axes, tokens: int, checkpointing: Checkpointing
+    config: DecoderConfig,
+    axes: Axes,
+    tokens: int,
+    checkpointing: Checkpointing,
+    *,
+    cut_residual: bool = False,
 ) -> Memory:
     """Memory of a rank that reads ``tokens`` tokens at once; see the module.
 
     Raises:
-        NotImplementedError: a model that the formulas do not count; selective checkpointing.
+        NotImplementedError: a bidirectional model that the formula does not know; selective
+            checkpointing.
     """
     if checkpointing == "selective":
         raise NotImplementedError(
@@ -153,16 +190,23 @@ def memory_of(
     held = axes.dp_shard * axes.sp * t
     share = 4.0 * size.parameters / held
     head, block = 4.0 * size.outside / t, 2.0 * size.block / t
-    kept = (12.0 * d + (28.0 * d + 6.0 * size.glu) / t) * tokens
+    # Of the stream a third is what the projections read, whole on every rank.
+    stream = 4.0 * d / (t if cut_residual else 1)
+    outside = size.kept.outside * ((1.0 + 2.0 / t) / 3.0 if cut_residual else 1.0)
+    outside += 3.0 * d if t > 1 else 0.0
+    kept = (outside + size.kept.inside / t) * tokens
+    loss = 4.0 * d * tokens
+    if t > 1:
+        loss += _LOGIT_BYTES * min(LOGITS, tokens * config.vocab_size / t)
     if checkpointing == "none":
         # The peak is where the loss has been made and nothing was freed.
-        work = 1.5 * head + 4.0 * d * tokens
+        work = 4.0 * d * tokens + 1.5 * head if t == 1 else loss
         return Memory(share, 2 * share, 0.0, head + 2 * block, size.layers * kept, work)
-    again = kept + (10.0 + 25.0 / t) * d * tokens
+    again = kept + (10.0 * d + _GRADIENTS * size.kept.inside / t) * tokens
     reduced = 2.0 * block + block
     # Activations shrink while gradients grow: the peak is at one of the two ends.
-    inputs = 4.0 * d * tokens * (size.layers - 1)
-    work = again + reduced
+    inputs = stream * tokens * (size.layers - 1)
+    work = max(again + reduced, loss if t > 1 else 0.0)
     grown = share if share > inputs else 0.0
     left = 0.0 if grown else inputs
     return Memory(share, 2 * share, grown, head + 2 * block, left, work)
@@ -180,9 +224,9 @@ def sent_by(
     # Parameters forward and backward in bfloat16 (the rest in float32), gradients in float32.
     fsdp = part * (2 * 2 * blocks + 4 * blocks + 3 * 4 * size.outside / t)
     replicas = 2 * (axes.dp_replicate - 1) / axes.dp_replicate * 4 * size.parameters / (held * t)
-    state = 4.0 * rows * size.heads / t * size.key_dim**2
-    sequence = passes * size.layers * state * (axes.sp - 1)
-    tensor = 2 * (t - 1) / t * 2 * passes * size.layers * 2.0 * size.dim * tokens
+    # States of linear layers; keys and values of softmax layers.
+    sequence = passes * (axes.sp - 1) * (rows * size.state + tokens * size.growing) / t
+    tensor = 2 * (t - 1) / t * passes * size.branches * 2.0 * config.model_dim * tokens
     return {"dp_shard": fsdp, "dp_replicate": replicas, "sp": sequence, "tp": tensor}
 
 
@@ -218,16 +262,26 @@ def layouts(
 
 
 def _all_axes(config: DecoderConfig, devices: int, seq: int, node: int) -> Iterator[Axes]:
-    size = _sizes(config)
     for tp in _divisors(devices):
-        if tp > node or size.heads % tp or size.glu % tp:
+        if tp > node or not _can_share(config, tp):
             continue
         for sp in _divisors(devices // tp):
             # Parts of fewer tokens than this are cheaper read by one rank.
-            if sp > 1 and seq // sp < 2048:
+            if sp > 1 and (seq // sp < 2048 or not _can_be_cut(config)):
                 continue
             for shard in _divisors(devices // (tp * sp)):
                 yield Axes(devices // (tp * sp * shard), shard, sp, tp)
+
+
+@cache
+def _can_share(config: DecoderConfig, ranks: int) -> bool:
+    blocks = range(len(config.blocks))
+    return ranks == 1 or not any(why_not_on_ranks(_meta(config), i, ranks) for i in blocks)
+
+
+@cache
+def _can_be_cut(config: DecoderConfig) -> bool:
+    return not any(why_not_in_parts(_meta(config), i) for i in range(len(config.blocks)))
 
 
 def _divisors(number: int) -> list[int]:

@@ -14,10 +14,16 @@ from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.recompute import Checkpointing, set_checkpointing
 from transnormer.parallel.fsdp import apply_fsdp
 from transnormer.parallel.mesh import Axes, build_meshes
+from transnormer.parallel.tensor import apply_tensor_parallel
 
 
 def measured_memory(
-    config: DecoderConfig, axes: Axes, tokens: int, checkpointing: Checkpointing
+    config: DecoderConfig,
+    axes: Axes,
+    tokens: int,
+    checkpointing: Checkpointing,
+    *,
+    cut_residual: bool = False,
 ) -> dict[str, float]:
     """Bytes of a rank at the peak of its second step, by the tracker's parts, and their "total".
 
@@ -28,31 +34,31 @@ def measured_memory(
         axes: the layout.
         tokens: that a rank reads at once.
         checkpointing: what blocks keep.
+        cut_residual: of ``apply_tensor_parallel``.
 
     Raises:
-        NotImplementedError: ranks that share layers, which the tracker does not follow.
+        NotImplementedError: layers that so many ranks cannot share.
         RuntimeError: processes have been started here already.
     """
-    if axes.tp > 1:
-        raise NotImplementedError(
-            f"axes.tp is {axes.tp}; expected 1: the tracker follows no layers on several ranks; "
-            "take the formula"
-        )
     if dist.is_initialized():
         raise RuntimeError("processes have been started here; expected none; plan in a new one")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=axes.ranks)
     try:
-        return _track(config, axes, tokens, checkpointing)
+        return _track(config, axes, tokens, checkpointing, cut_residual)
     finally:
         dist.destroy_process_group()
 
 
 def _track(
-    config: DecoderConfig, axes: Axes, tokens: int, checkpointing: Checkpointing
+    config: DecoderConfig,
+    axes: Axes,
+    tokens: int,
+    checkpointing: Checkpointing,
+    cut_residual: bool,
 ) -> dict[str, float]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     held = build_meshes(axes, "cpu").parameters
@@ -60,10 +66,14 @@ def _track(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(config)
         set_checkpointing(model, checkpointing)
-        apply_fsdp(model, mesh, gather_dtype=torch.bfloat16)
+        if axes.tp > 1:
+            apply_tensor_parallel(model, held["tp"], cut_residual=cut_residual)
+        with unset_fake_temporarily():
+            # It makes meshes, whose ranks are read; what it makes of fake parameters is fake.
+            apply_fsdp(model, mesh, gather_dtype=torch.bfloat16)
 
         def loss(self: Decoder, ids: Tensor) -> Tensor:
-            return Decoder.loss(self, ids, ids, reduction="sum")
+            return type(self).loss(self, ids, ids, reduction="sum")
 
         # The tracker follows calls of modules, and a decoder trains by its loss.
         model.forward = MethodType(loss, model)
@@ -77,9 +87,13 @@ def _track(
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     nats = model(ids)
                 nats.backward()
-                optimizer.step()
-                optimizer.zero_grad()
                 if step == 0:
+                    # It makes the state. What else it makes counts in neither step: a fused update
+                    # makes nothing.
+                    optimizer.step()
+                    optimizer.zero_grad()
                     tracker.reset_mod_stats()
+                    tracker._peak_mem.clear()
+                    tracker._peak_mem_snap.clear()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return {str(name).rpartition(".")[2].lower(): float(size) for name, size in peak.items()}

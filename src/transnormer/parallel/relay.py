@@ -28,9 +28,14 @@ class Relay:
     def _before(
         self, mixer: TokenMixer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return None if self._axis.part is None else self.receive(mixer, args, kwargs)
+
+    def receive(
+        self, mixer: TokenMixer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put the state from the rank before into the arguments of the mixer."""
         part = self._axis.part
-        if part is None:
-            return None
+        assert part is not None
         (x,), given, cu_seqlens = args, kwargs["state"], kwargs["cu_seqlens"]
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if given is None:
@@ -44,9 +49,10 @@ class Relay:
         return (x,), {**kwargs, "state": given}
 
     def _behind(self, mixer: TokenMixer, args: Any, output: tuple[Tensor, Any]) -> Any:
-        if self._axis.part is None:
-            return None
-        y, state = output
+        return None if self._axis.part is None else self.send(*output)
+
+    def send(self, y: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Pass on what the mixer gave; the state also goes to the rank behind."""
         last = tensors_of(map_tensors(lambda t: t[-y.shape[0] :], state))
         sent = (t.to(dtype) for t, dtype in zip(last, self._dtypes, strict=True))
         return _Send.apply(self._axis, y, *sent), state
@@ -59,16 +65,20 @@ def _pass(axis: SequenceAxis, tensors: tuple[Tensor, ...], step: int, *, send: b
     if not 0 <= peer < chain.size:
         return
     for x in tensors:
-        # Neither backend has messages of complex numbers or truth values.
-        plain = torch.view_as_real(x) if x.is_complex() else x
-        plain = plain.view(torch.uint8) if plain.dtype == torch.bool else plain
         if send:
-            dist.send(plain, group=chain.group, group_dst=peer)
+            dist.send(plain(x), group=chain.group, group_dst=peer)
         else:
-            dist.recv(plain, group=chain.group, group_src=peer)
+            dist.recv(plain(x), group=chain.group, group_src=peer)
 
 
-def _differentiable(x: Tensor) -> bool:
+def plain(x: Tensor) -> Tensor:
+    """A view of x as a message: neither backend has any of complex numbers or truth values."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def differentiable(x: Tensor) -> bool:
+    """Whether a tensor of a state can have a gradient."""
     return x.is_floating_point() or x.is_complex()
 
 
@@ -80,12 +90,12 @@ class _Receive(torch.autograd.Function):
         received = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in like)
         _pass(axis, received, -1, send=False)
         ctx.axis = axis
-        ctx.mark_non_differentiable(*(t for t in received if not _differentiable(t)))
+        ctx.mark_non_differentiable(*(t for t in received if not differentiable(t)))
         return x.view_as(x), *received
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, *grads: Tensor | None) -> tuple[Any, ...]:
-        wanted = tuple(g.contiguous() for g in grads if g is not None and _differentiable(g))
+        wanted = tuple(g.contiguous() for g in grads if g is not None and differentiable(g))
         _pass(ctx.axis, wanted, -1, send=True)
         return None, grad_x, *(None for _ in grads)
 
@@ -96,7 +106,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, axis: SequenceAxis, y: Tensor, *state: Tensor) -> Tensor:
         _pass(axis, tuple(t.contiguous() for t in state), 1, send=True)
-        ctx.axis, ctx.like = axis, [(t.shape, t.dtype, _differentiable(t)) for t in state]
+        ctx.axis, ctx.like = axis, [(t.shape, t.dtype, differentiable(t)) for t in state]
         return y.view_as(y)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -141,7 +142,8 @@ def apply_sequence_parallel(
     Linear layers exchange states, whose size does not depend on the length: LASP. Softmax layers
     gather keys and values. Layers of other kinds hand their whole state from rank to rank, one
     after the other (``relay``). Loss and gradients are those of one process up to rounding, whatever
-    the number of ranks. Not under ``torch.compile``.
+    the number of ranks. Compiled blocks (``compile_blocks`` with whole=False) leave their graphs for
+    attention over parts.
 
     Args:
         model: the same on every rank.
@@ -196,10 +198,17 @@ def _apply(block: Block, axis: SequenceAxis) -> None:
     mixer = block.token_mixer
     core = getattr(mixer, "core", None)
     kind = getattr(getattr(mixer, "config", None), "kind", "")
+    part: Any
     if kind not in _BY_CORE:
-        Relay(mixer, axis)
+        part, outside = Relay(mixer, axis), ("receive", "send")
     elif isinstance(core, SoftmaxAttentionCore):
-        mixer.core = SequenceSoftmaxCore(core, axis)
+        part, outside = SequenceSoftmaxCore(core, axis), ("in_parts",)
+        mixer.core = part
     else:
         assert isinstance(core, LinearAttentionCore)
-        mixer.core = SequenceLinearCore(core, axis)
+        part, outside = SequenceLinearCore(core, axis), ("in_parts",)
+        mixer.core = part
+    if block._compiled_call_impl is not None:
+        # Graphs hold no messages, nor how this rank's part of a batch was cut.
+        for name in outside:
+            setattr(part, name, torch.compiler.disable(getattr(part, name)))

@@ -49,11 +49,23 @@ class SequenceLinearCore(LinearAttentionCore):
         The given state counts for the sequences that begin in this part; the row of one that began
         before is not read. The returned one is that after this part.
         """
+        run = super().forward if self.axis.part is None else self.in_parts
+        return run(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask)
+
+    def in_parts(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        *,
+        state: Any,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """``forward`` where a part is set."""
         part = self.axis.part
-        if part is None:
-            return super().forward(
-                q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask
-            )
+        assert part is not None
         q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
         with no_autocast(q.device.type):
             if mask is not None:

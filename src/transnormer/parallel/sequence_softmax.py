@@ -44,11 +44,23 @@ class SequenceSoftmaxCore(SoftmaxAttentionCore):
         Raises:
             NotImplementedError: a state goes in, or one of packed sequences is wanted.
         """
+        run = super().forward if self.axis.part is None else self.in_parts
+        return run(q, k, v, state=state, cu_seqlens=cu_seqlens, mask=mask, keep_state=keep_state)
+
+    def in_parts(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: KVState | None,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        keep_state: bool,
+    ) -> tuple[Tensor, KVState | None]:
+        """``forward`` where a part is set."""
         part = self.axis.part
-        if part is None:
-            return super().forward(
-                q, k, v, state=state, cu_seqlens=cu_seqlens, mask=mask, keep_state=keep_state
-            )
+        assert part is not None
         keeps = keep_state and self.causal
         if state is not None or (keeps and part.packed):
             raise NotImplementedError(

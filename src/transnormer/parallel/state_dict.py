@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def gather_whole(tensors: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
@@ -37,31 +37,6 @@ def gather_whole(tensors: Mapping[str, Tensor], *, everywhere: bool = False) -> 
     finally:
         logger.setLevel(level)
     return whole
-
-
-def spread_like(whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's shares of whole tensors, laid out as the tensors of the same name in ``like``.
-
-    Nothing is sent: every rank has the whole tensors, as from a file.
-
-    Args:
-        whole: names to tensors.
-        like: laid out tensors; one without a layout, or none, keeps the whole tensor.
-    """
-    return {name: _spread(x, like.get(name)) for name, x in whole.items()}
-
-
-def _spread(whole: Tensor, like: Tensor | None) -> Tensor:
-    if not isinstance(like, DTensor) or whole.shape != like.shape:
-        return whole
-    return distribute_tensor(
-        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-    )
-
-
-def load_whole(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a model that is laid out on ranks; names must be exactly its own."""
-    model.load_state_dict(spread_like(whole, model.state_dict()))
 
 
 def total_norm(parameters: Iterable[Tensor]) -> Tensor:

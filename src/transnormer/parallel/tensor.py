@@ -1,5 +1,7 @@
 """Tensor parallelism: the heads and channels of each layer on several ranks, applied from outside."""
 
+import math
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -7,30 +9,29 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from transnormer.models.decoder import Block, Decoder
-from transnormer.nn.channel_mixers import Ffn, Glu
-from transnormer.nn.positions import Lrpe
-from transnormer.nn.token_mixers.lightning import Lightning, LightningConfig
-from transnormer.nn.token_mixers.softmax import Softmax, SoftmaxConfig
+from transnormer.nn.norms import Norm
+from transnormer.nn.token_mixers import Gau
 from transnormer.parallel.tensor_layers import (
-    ColumnLinear,
-    DeferredNorm,
     Fused,
-    LocalLrpe,
+    OnRanks,
+    PlaceChannels,
     RowLinear,
+    TensorAxis,
     VocabEmbedding,
     VocabHead,
-    gathered_logits,
     local,
-    slice_buffer,
-    vocab_parallel_loss,
+    share,
+    share_norm,
 )
+from transnormer.parallel.tensor_loss import gathered_logits, vocab_parallel_loss
+from transnormer.parallel.tensor_rules import OF_UNITS, Rule, rule_of, why_not_on_ranks
 
 
 class TensorParallelDecoder(Decoder):
     """A decoder whose layers lie on several ranks, which all read the same batch.
 
     ``apply_tensor_parallel`` makes one of a finished model. Names of parameters stay; ``fused`` says
-    which of them have their rows in another order than in one process.
+    which of them have their entries in another order than in one process.
     """
 
     tensor_mesh: DeviceMesh
@@ -55,41 +56,27 @@ class TensorParallelDecoder(Decoder):
         return gathered_logits(x, weight, self.config.vocab_size, self.tensor_mesh)
 
 
-def why_not_on_ranks(model: Decoder, layer_index: int, ranks: int) -> str | None:
-    """Why the heads of a layer cannot lie on so many ranks; None where they can."""
-    block = model.config.blocks[layer_index]
-    mixer = block.token_mixer
-    hidden = getattr(block.channel_mixer, "hidden_dim", ranks)
-    if hidden % ranks:
-        return f"channel_mixer.hidden_dim is {hidden}, no multiple of {ranks}"
-    if isinstance(mixer, SoftmaxConfig):
-        heads = mixer.kv_heads or mixer.heads
-        return None if heads % ranks == 0 else f"kv_heads is {heads}, no multiple of {ranks}"
-    if not isinstance(mixer, LightningConfig):
-        return "its heads share gates, bounds or states with other channels than their own"
-    if mixer.heads % ranks:
-        return f"heads is {mixer.heads}, no multiple of {ranks}"
-    if mixer.lrpe and (mixer.lrpe_form != "doubled" or mixer.lrpe_axes > 1):
-        return "the angles of its positions are shared by all heads"
-    norm = mixer.norm
-    if norm.kind != "srms" or norm.groups > 1 or norm.eps_outside:
-        return "only the simple RMS norm over all heads commutes with the projection behind it"
-    return None
-
-
-def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> TensorParallelDecoder:
+def apply_tensor_parallel(
+    model: Decoder, mesh: DeviceMesh, *, cut_residual: bool = False
+) -> TensorParallelDecoder:
     """Share the heads and channels of a model's layers among ranks; changes the model.
 
     Projections into heads and channels are cut by outputs, those out of them by inputs: two sums
-    forward and two backward a block (Shoeybi et al. 2019, arXiv:1909.08053). The norm over the
-    merged heads is exact, see ``DeferredNorm``; embedding and head are cut by rows.
+    forward and two backward a block (Shoeybi et al. 2019, arXiv:1909.08053). RMS norms over the
+    merged heads are exact without a sum of their own, see ``DeferredNorm``; layer norms have two,
+    of a number a token. Embedding and head are cut by rows. ``tensor_rules`` has what is cut of
+    each kind of mixer.
 
     Args:
         model: the same values on every rank.
         mesh: one axis.
+        cut_residual: between blocks each rank holds its part of the tokens alone, see
+            ``TensorAxis`` (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2). What a block
+            works on is the whole sequence all the same.
 
     Raises:
-        NotImplementedError: a layer that has no such form; named with the reason.
+        NotImplementedError: a layer that has no such form; named with the reason. Dropout, where
+            the stream is cut: ranks draw the same numbers.
         TypeError: not a Decoder.
     """
     if not isinstance(model, Decoder):
@@ -98,12 +85,23 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> TensorParallelDec
         if (reason := why_not_on_ranks(model, index, mesh.size())) is not None:
             raise NotImplementedError(
                 f"blocks[{index}] of kind {block.token_mixer.kind!r}: {reason}; expected another "
-                "layer, or parallel.tp = 1"
+                "layer, or another parallel.tp"
             )
-    for module in list(model.modules()):
-        if isinstance(module, Block):
-            _share_token_mixer(module.token_mixer, mesh)
-            _share_channel_mixer(module.channel_mixer, mesh)
+    if cut_residual and model.config.dropout:
+        raise NotImplementedError(
+            f"dropout is {model.config.dropout}; expected 0 where ranks hold parts of the tokens; "
+            "set parallel.tp_residual to 'whole'"
+        )
+    axis = TensorAxis(mesh, cut_residual=cut_residual)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in model.shared.modules():
+        share(module, axis, OF_UNITS.get(type(module), {}))
+    for block in blocks:
+        _share_block(block, axis)
+    if cut_residual:
+        for block in blocks:
+            share(block, axis, {}, kind=_CutBlock)
+        blocks[0].__dict__["cuts"] = blocks[-1].__dict__["joins"] = True
     parts: Any = model
     parts.embedding = VocabEmbedding(model.embedding, mesh)
     if not model.config.tie_embeddings:
@@ -112,43 +110,101 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> TensorParallelDec
     assert isinstance(model, TensorParallelDecoder)
     model.tensor_mesh = mesh
     model.fused = {
-        f"{name}.{tensor}": module.fused
+        f"{name}.{tensor}": fused
         for name, module in model.named_modules()
-        if isinstance(module, ColumnLinear) and module.fused is not None
-        for tensor in ("weight", "bias")
+        if isinstance(module, OnRanks)
+        for tensor, fused in module.fused.items()
     }
     return model
 
 
-def _share_token_mixer(mixer: nn.Module, mesh: DeviceMesh) -> None:
-    parts: Any = mixer
-    if isinstance(mixer, Softmax):
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(parts, name, ColumnLinear(getattr(mixer, name), mesh))
-        parts.out_proj = RowLinear(mixer.out_proj, mesh)
-        return
-    assert isinstance(mixer, Lightning)
-    config = mixer.config
-    fused = Fused(4 if config.gate == "full" else 3, config.heads)
-    parts.qkvu_proj = ColumnLinear(mixer.qkvu_proj, mesh, fused)
-    if config.gate == "low_rank":
-        parts.gate_up_proj = ColumnLinear(mixer.gate_up_proj, mesh)
-    if isinstance(mixer.lrpe, Lrpe):
-        # A class, not a wrapper: names stay as they are.
-        encoding: Any = mixer.lrpe
-        encoding.__class__ = LocalLrpe
-        encoding.group = mesh.get_group()
-        encoding.first_head = config.heads // mesh.size() * mesh.get_local_rank()
-    slice_buffer(mixer.decay, "log_decay", mesh)
-    norm = DeferredNorm(mixer.norm)
-    parts.norm = norm
-    parts.out_proj = RowLinear(mixer.out_proj, mesh, norm)
+class _TokensEnter(OnRanks):
+    """A token mixer on ranks: what it reads comes from the residual stream of all of them."""
+
+    def forward(self, x: Tensor, *, positions: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+        x = self.axis.enter(x)[:, : positions.shape[1]]
+        return super().forward(x, positions=positions, **inputs)
 
 
-def _share_channel_mixer(mixer: nn.Module | None, mesh: DeviceMesh) -> None:
-    parts: Any = mixer
-    if isinstance(mixer, Glu):
-        parts.gate_proj = ColumnLinear(mixer.gate_proj, mesh)
-    if isinstance(mixer, Glu | Ffn):
-        parts.up_proj = ColumnLinear(mixer.up_proj, mesh)
-        parts.down_proj = RowLinear(mixer.down_proj, mesh)
+class _ChannelsEnter(OnRanks):
+    """A channel mixer on ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.axis.enter(x))
+
+
+class _OwnChannels(OnRanks):
+    """A token mixer without projections, each rank for its own channels."""
+
+    def forward(self, x: Tensor, *, positions: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+        axis = self.axis
+        x = axis.enter(x)[:, : positions.shape[1]].chunk(axis.ranks, -1)[axis.rank]
+        y, state = super().forward(x, positions=positions, **inputs)
+        return axis.place(y), state
+
+
+class _CutBlock(OnRanks):
+    """A block between whose branches each rank holds its part of the tokens."""
+
+    cuts = joins = False
+
+    def forward(self, x: Tensor, *, positions: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+        x = self.axis.own_tokens(x) if self.cuts else x
+        x, state = super().forward(x, positions=positions, **inputs)
+        return self.axis.all_tokens(x, positions.shape[1]) if self.joins else x, state
+
+
+def _share_block(block: Block, axis: TensorAxis) -> None:
+    for name, enter in (("token_mixer", _TokensEnter), ("channel_mixer", _ChannelsEnter)):
+        mixer = getattr(block, name)
+        if mixer is not None:
+            rule = rule_of(mixer)
+            assert rule is not None
+            _share_mixer(mixer, rule, axis, enter if rule.out else _OwnChannels)
+    if axis.cut_residual:
+        for name in ("token_norm", "channel_norm"):
+            if isinstance(norm := getattr(block, name, None), Norm):
+                share(norm, axis, {})
+
+
+def _share_mixer(mixer: nn.Module, rule: Rule, axis: TensorAxis, kind: type[OnRanks]) -> None:
+    norm, out = (getattr(mixer, name, None) for name in ("norm", rule.out))
+    norm = norm if rule.norm and isinstance(norm, Norm) else None
+    sizes = {name: parts(mixer) for name, parts in rule.fused.items()}
+    for path, module in list(mixer.named_modules()):
+        if module is norm or module is out or module is mixer:
+            continue
+        fused = Fused(sizes[path], axis.ranks, 0, rule.whole_last) if path in sizes else None
+        dims = {**OF_UNITS.get(type(module), {}), **_dims_below(path + ".", rule)}
+        if path in sizes or path in rule.columns:
+            dims = {"weight": 0, "bias": 0}
+        share(module, axis, dims, fused=fused)
+    deferred = () if norm is None else share_norm(norm, axis, rule.parts)
+    if isinstance(out, nn.Linear):
+        channels = (out.in_features // rule.parts,) * rule.parts
+        fused = Fused(channels, axis.ranks, 1) if rule.parts > 1 else None
+        share(out, axis, {"weight": 1}, kind=RowLinear, fused=fused).deferred = deferred
+    elif out is not None:
+        share(out, axis, {}, kind=PlaceChannels)
+    for path in rule.units.values():
+        _divide(mixer, path, axis.ranks)
+    if isinstance(mixer, Gau) and mixer.linear:
+        # As wide as before, or narrower.
+        mixer.groups //= math.gcd(mixer.groups, axis.ranks)
+    share(mixer, axis, _dims_below("", rule), kind=kind)
+
+
+def _dims_below(prefix: str, rule: Rule) -> dict[str, int]:
+    """Tensors of one module that a rule names, and their dims."""
+    names = {path: path.removeprefix(prefix) for path in rule.tensors if path.startswith(prefix)}
+    return {name: rule.tensors[path] for path, name in names.items() if "." not in name}
+
+
+def _divide(mixer: Any, path: str, ranks: int) -> None:
+    """Make a number of the mixer, or of its configuration, that of one rank."""
+    owner, _, name = path.rpartition(".")
+    number = attrgetter(path)(mixer) // ranks
+    if owner == "config":
+        mixer.config = mixer.config.model_copy(update={name: number})
+    else:
+        setattr(attrgetter(owner)(mixer) if owner else mixer, name, number)

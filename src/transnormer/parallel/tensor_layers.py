@@ -1,7 +1,8 @@
 """Layers whose channels or rows are shared among ranks: the parts of tensor parallelism.
 
 A weight is a DTensor, so that checkpoints, norms and optimizers see it whole; the arithmetic is on
-this rank's share (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+this rank's share (Shoeybi et al. 2019, arXiv:1909.08053, section 3). Layers change their class and
+not their names. Between what enters a mixer and what leaves it, gradients are this rank's share.
 """
 
 from typing import Any, NamedTuple
@@ -14,36 +15,87 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from transnormer.nn.norms import Norm
-from transnormer.nn.positions import Lrpe
-from transnormer.ops.checks import accumulation_dtype, autocast_dtype
-from transnormer.ops.cross_entropy import IGNORE_INDEX
-from transnormer.ops.lrpe import lrpe
-from transnormer.parallel.collectives import Copy, Reduce
+from transnormer.ops.checks import accumulation_dtype
+from transnormer.parallel.collectives import Copy, Gather, Join, Part, Reduce, Scatter, Total
 
-# Logits of so many entries at a time.
-_LOGITS = 1 << 26
+
+class TensorAxis:
+    """The ranks that share layers, and what passes between them and the residual stream.
+
+    Args:
+        mesh: one axis.
+        cut_residual: each rank holds the stream of its part of the tokens alone: what enters a
+            mixer is gathered, and what leaves it is summed and cut, in place of one sum of all
+            tokens. The same bytes are sent.
+    """
+
+    def __init__(self, mesh: DeviceMesh, *, cut_residual: bool = False) -> None:
+        self.mesh, self.cut_residual = mesh, cut_residual
+        self.group: dist.ProcessGroup = mesh.get_group()
+        self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
+
+    def enter(self, x: Tensor) -> Tensor:
+        """[batch, own tokens, model_dim] -> [batch, all tokens, model_dim], the same on all ranks."""
+        return Gather.apply(x, self.group, 1) if self.cut_residual else Copy.apply(x, self.group)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The sum of the ranks' y, [batch, tokens, channels]; of this rank's tokens if cut."""
+        if not self.cut_residual:
+            return Reduce.apply(y, self.group)
+        return Scatter.apply(F.pad(y, (0, 0, 0, -y.shape[1] % self.ranks)), self.group, 1)
+
+    def place(self, x: Tensor) -> Tensor:
+        """This rank's channels at their place among those of all, as ``leave``."""
+        before = x.shape[-1] * self.rank
+        return self.leave(F.pad(x, (before, x.shape[-1] * (self.ranks - 1) - before)))
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """This rank's tokens of a stream that all have, [batch, seq, model_dim]."""
+        if rest := -x.shape[1] % self.ranks:
+            # A real token: norms of zeros need not have a gradient.
+            x = torch.cat([x, x[:, -1:].expand(-1, rest, -1)], 1)
+        return Part.apply(x, self.group, 1)
+
+    def all_tokens(self, x: Tensor, seq: int) -> Tensor:
+        """The whole stream, [batch, seq, model_dim], of the ranks' tokens."""
+        # No view: FSDP hooks onto what a block returns.
+        return Join.apply(x, self.group, 1)[:, :seq].clone()
+
+    def outside(self, parameter: Tensor) -> Tensor:
+        """A parameter that works on the residual stream, which may be this rank's part alone."""
+        return Copy.apply(parameter, self.group) if self.cut_residual else parameter
 
 
 class Fused(NamedTuple):
-    """Rows of one matrix for several projections, q, k, v and the gate: parts x heads x head_dim.
+    """Entries of one dim that belong to several parts: q, k, v and the gate in one matrix.
 
-    Shared among ranks they lie head by head, so that a rank has all parts of its heads.
+    Cut among ranks they lie rank by rank, so that a rank has its share of each part, in order.
+
+    Attributes:
+        sizes: entries of each part.
+        ranks: that share them.
+        dim: of the tensor.
+        whole_last: every rank needs all of the last part.
     """
 
-    parts: int
-    heads: int
+    sizes: tuple[int, ...]
+    ranks: int
+    dim: int = 0
+    whole_last: bool = False
 
-    def by_head(self, x: Tensor) -> Tensor:
-        """Rows, dim 0, from part by part to head by head."""
-        return self._swapped(x, self.parts, self.heads)
+    def order(self) -> Tensor:
+        """Which entry of one process lies at each place, int64 [entries]."""
+        parts = torch.arange(sum(self.sizes)).split(self.sizes)
+        shares = [part.chunk(self.ranks) for part in parts]
+        return torch.cat([share[rank] for rank in range(self.ranks) for share in shares])
+
+    def by_rank(self, x: Tensor) -> Tensor:
+        """From part by part to rank by rank; a number, as an optimizer's count, stays."""
+        return x.index_select(self.dim, self.order().to(x.device)) if x.dim() else x
 
     def by_part(self, x: Tensor) -> Tensor:
-        """Rows, dim 0, from head by head to part by part."""
-        return self._swapped(x, self.heads, self.parts)
-
-    @staticmethod
-    def _swapped(x: Tensor, first: int, second: int) -> Tensor:
-        return x.unflatten(0, (first, second, -1)).transpose(0, 1).flatten(0, 2)
+        """From rank by rank to part by part."""
+        return x.index_select(self.dim, self.order().argsort().to(x.device)) if x.dim() else x
 
 
 def shared_parameter(x: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
@@ -57,89 +109,175 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-class ColumnLinear(nn.Module):
-    """A projection whose outputs are shared among ranks; the input is on all of them."""
+class OnRanks(nn.Module):
+    """A module that reads its own tensors as this rank's: what it computes follows from that.
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh, fused: Fused | None = None) -> None:
-        super().__init__()
-        self.fused, self._group = fused, mesh.get_group()
-        self._heads = 0 if fused is None else fused.heads // mesh.size()
-
-        def cut(x: Tensor) -> nn.Parameter:
-            rows = x.detach() if fused is None else fused.by_head(x.detach())
-            return shared_parameter(rows.requires_grad_(x.requires_grad), mesh, 0)
-
-        self.weight = cut(linear.weight)
-        self.bias = None if linear.bias is None else cut(linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., this rank's outputs], part by part."""
-        bias = None if self.bias is None else local(self.bias)
-        y = F.linear(Copy.apply(x, self._group), local(self.weight), bias)
-        if self.fused is None:
-            return y
-        return y.unflatten(-1, (self._heads, self.fused.parts, -1)).transpose(-3, -2).flatten(-3)
-
-
-class RowLinear(nn.Module):
-    """A projection whose inputs are shared among ranks; the output is summed onto all of them.
-
-    ``norm`` is a ``DeferredNorm`` in front of it: its mean square rides along as one more channel of
-    the sum, and the division follows it.
+    A parameter that was cut is read as this rank's share of it. One that was not is the same on all
+    ranks, and its gradient is summed over them. ``share`` makes a module one of these.
     """
 
-    def __init__(
-        self, linear: nn.Linear, mesh: DeviceMesh, norm: "DeferredNorm | None" = None
-    ) -> None:
-        super().__init__()
-        self._group = mesh.get_group()
-        self.weight = shared_parameter(linear.weight, mesh, 1)
-        self.bias = linear.bias
-        # Not a part of this module: the mixer has it.
-        self._norm = (norm,)
+    axis: TensorAxis
+    cut_buffers: dict[str, int]
+    fused: dict[str, Fused]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., this rank's inputs] -> [..., out]."""
-        y, (norm,) = F.linear(x, local(self.weight)), self._norm
-        if norm is None:
-            y = Reduce.apply(y, self._group)
-        else:
-            both = torch.cat([y, norm.mean_square.to(y.dtype)], -1)
-            y, square = Reduce.apply(both, self._group).split([y.shape[-1], 1], -1)
-            root = (square.to(accumulation_dtype(y.dtype)) + norm.eps).rsqrt()
-            y = (y * root).to(y.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+    def __getattr__(self, name: str) -> Any:
+        x = super().__getattr__(name)
+        if not isinstance(x, Tensor):
+            return x
+        axis: TensorAxis = self.axis
+        if isinstance(x, DTensor):
+            if x.device_mesh != axis.mesh:
+                # Shared further, by FSDP: nobody computes with it now.
+                return x
+            fused = self.fused.get(name)
+            own = x.to_local()
+            if fused is None or not fused.whole_last:
+                return own
+            last = fused.sizes[-1] // fused.ranks
+            own, part = own.split([own.shape[0] - last, last])
+            return torch.cat([own, Gather.apply(part, axis.group, 0)])
+        if isinstance(x, nn.Parameter):
+            return Copy.apply(x, axis.group)
+        dim = self.cut_buffers.get(name)
+        return x if dim is None else x.chunk(axis.ranks, dim)[axis.rank]
 
 
-class DeferredNorm(nn.Module):
-    """SRMSNorm over channels that are shared among ranks, without a collective of its own.
+def share(
+    module: nn.Module,
+    axis: TensorAxis,
+    dims: dict[str, int],
+    *,
+    kind: type[OnRanks] = OnRanks,
+    fused: Fused | None = None,
+) -> Any:
+    """Make a module one that works on ranks: its tensors of these names are cut along these dims.
 
-    (o / rms(o)) W = (o W) / rms(o): a norm without a weight commutes with the projection behind it.
-    This passes o on and keeps this rank's share of its mean square; ``RowLinear`` does the rest.
+    Args:
+        module: whole, the same on all ranks; changed in place.
+        axis: the ranks.
+        dims: dim of each tensor that is cut; one of size 1 there is whole.
+        kind: what it becomes beside its own class.
+        fused: the parts along that dim.
+    """
+    changed: Any = module
+    if kind is OnRanks and not dims and not list(module.parameters(recurse=False)):
+        return changed
+    changed.axis, changed.cut_buffers, changed.fused = axis, {}, {}
+    for name, x in list(module.named_parameters(recurse=False)):
+        if name in dims and x.shape[dims[name]] > 1:
+            whole = x.detach() if fused is None else fused.by_rank(x.detach())
+            if fused is not None:
+                changed.fused[name] = fused
+            whole.requires_grad_(x.requires_grad)
+            module.register_parameter(name, shared_parameter(whole, axis.mesh, dims[name]))
+    for name, x in module.named_buffers(recurse=False):
+        if name in dims and x.shape[dims[name]] > 1:
+            changed.cut_buffers[name] = dims[name]
+    # A class, not a wrapper: names stay as they are.
+    changed.__class__ = type(f"{kind.__name__}{type(module).__name__}", (kind, type(module)), {})
+    return changed
+
+
+class RowLinear(OnRanks):
+    """A projection whose inputs are shared among ranks; the outputs are summed.
+
+    ``deferred`` is a ``DeferredNorm`` in front of it: its mean square rides along as one more channel
+    of the sum, and the division follows it. It is in a tuple, since it is a part of the mixer.
     """
 
-    def __init__(self, norm: Norm) -> None:
-        super().__init__()
-        self.dim, self.eps = norm.dim, norm.config.eps
-        self.mean_square: Tensor
+    deferred: "tuple[DeferredNorm, ...]" = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x unchanged."""
+        """[batch, seq, this rank's inputs] -> [batch, seq, out]."""
+        y = F.linear(x, self.weight)
+        for norm in self.deferred:
+            both = torch.cat([y, norm.take_square().to(y.dtype)], -1)
+            summed, square = self.axis.leave(both).split([y.shape[-1], 1], -1)
+            y = (summed * norm.scale(square)).to(y.dtype)
+        if not self.deferred:
+            y = self.axis.leave(y)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + self.axis.outside(bias).to(y.dtype)
+
+
+class PlaceChannels(OnRanks):
+    """In place of a projection: this rank's channels at their place among those of all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, own channels] -> [batch, seq, channels]."""
+        return self.axis.place(x)
+
+
+class DeferredNorm(OnRanks):
+    """An RMS norm over channels that are shared among ranks, without a collective of its own.
+
+    (o / rms(o)) W = (o W) / rms(o): dividing a token by a number commutes with the projection
+    behind it, and with weights and gates. This weighs o and keeps this rank's share of its mean
+    square; ``RowLinear`` does the rest.
+    """
+
+    mean_square: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x times the weight, if there is one."""
         wide = x.to(accumulation_dtype(x.dtype))
         self.mean_square = wide.square().sum(-1, keepdim=True) / self.dim
-        return x
+        weight = self.weight
+        return x if weight is None else (wide * weight.to(wide.dtype)).to(x.dtype)
+
+    def take_square(self) -> Tensor:
+        """This rank's share of the mean square, once."""
+        square, self.mean_square = self.mean_square, None
+        assert square is not None
+        # Kept, it would keep what it was made of: all of a block that was computed again.
+        return square
+
+    def scale(self, mean_square: Tensor) -> Tensor:
+        """What the norm multiplies by, of the mean square of all channels."""
+        config, square = self.config, mean_square.to(accumulation_dtype(mean_square.dtype))
+        if not config.eps_outside:
+            return (square + config.eps).rsqrt()
+        # The root has a gradient at 0 here, as in the norm.
+        root = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+        return 1.0 / (root + config.eps)
 
 
-class LocalLrpe(Lrpe):
-    """LRPE of this rank's heads; theta is whole on every rank."""
+class SharedLayerNorm(OnRanks):
+    """A layer norm over channels that are shared among ranks: mean and variance are summed."""
 
-    group: dist.ProcessGroup
-    first_head: int
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``Norm.forward``, of this rank's channels."""
+        config, group = self.config, self.axis.group
+        y = x.to(accumulation_dtype(x.dtype))
+        y = y - Total.apply(y.sum(-1, keepdim=True), group) / self.dim
+        square = Total.apply(y.square().sum(-1, keepdim=True), group) / self.dim
+        if config.eps_outside:
+            y = y / (square.clamp(min=torch.finfo(y.dtype).tiny).sqrt() + config.eps)
+        else:
+            y = y * (square + config.eps).rsqrt()
+        y = y * self.weight.to(y.dtype) + self.bias.to(y.dtype)
+        return y.to(x.dtype)
 
-    def forward(self, x: tuple[Tensor, ...], positions: Tensor) -> tuple[Tensor, ...]:
-        """As ``Lrpe.forward``, of this rank's heads."""
-        theta = Copy.apply(self.theta, self.group)
-        return lrpe(x, positions, theta[self.first_head : self.first_head + x[0].shape[2], 0])
+
+def share_norm(norm: Norm, axis: TensorAxis, parts: int) -> "tuple[DeferredNorm, ...]":
+    """Put a norm of merged heads on ranks; returns it if it is left to the projection behind it.
+
+    Args:
+        norm: over all channels, in equal groups or one.
+        axis: the ranks.
+        parts: of the channels, each of them cut.
+    """
+    config = norm.config
+    fused = Fused((norm.dim // parts,) * parts, axis.ranks) if parts > 1 else None
+    dims = {} if config.kind == "scale" else {"weight": 0, "bias": 0}
+    if config.groups > 1:
+        changed = share(norm, axis, dims, fused=fused)
+        changed.config = config.model_copy(update={"groups": config.groups // axis.ranks})
+        changed.dim = norm.dim // axis.ranks
+        return ()
+    layer = config.kind == "layer"
+    changed = share(norm, axis, dims, kind=SharedLayerNorm if layer else DeferredNorm, fused=fused)
+    return () if layer else (changed,)
 
 
 class VocabEmbedding(nn.Module):
@@ -149,7 +287,7 @@ class VocabEmbedding(nn.Module):
         super().__init__()
         self._group = mesh.get_group()
         self.weight = shared_parameter(embedding.weight, mesh, 0)
-        self.start = _first_row(embedding.num_embeddings, mesh)
+        self.start = first_row(embedding.num_embeddings, mesh)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., model_dim]."""
@@ -168,68 +306,7 @@ class VocabHead(nn.Module):
         self.weight = shared_parameter(linear.weight, mesh, 0)
 
 
-def _first_row(rows: int, mesh: DeviceMesh) -> int:
+def first_row(rows: int, mesh: DeviceMesh) -> int:
     """The first row of this rank's share."""
-    share = -(-rows // mesh.size())
-    return min(share * mesh.get_local_rank(), rows)
-
-
-def vocab_parallel_loss(
-    x: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, mesh: DeviceMesh
-) -> Tensor:
-    """Summed cross-entropy of softmax(x W^T) against labels, in nats; W's rows lie on the ranks.
-
-    Logits stay where they are made: ranks exchange the largest one, the sum of exponentials and
-    the label's logit of each row. Log-sum-exp and losses are float32 (float64 for float64 inputs).
-
-    Args:
-        x: [rows, model_dim], the same on all ranks.
-        weight: this rank's rows of the head.
-        labels: int64 [rows]; -100 is ignored.
-        vocab_size: of all ranks together.
-        mesh: the ranks.
-    """
-    group, start = mesh.get_group(), _first_row(vocab_size, mesh)
-    x, weight = x.to(autocast_dtype(x)), weight.to(autocast_dtype(weight))
-    x = Copy.apply(x, group)
-    rows = max(1, _LOGITS // max(weight.shape[0], 1))
-    losses = [
-        torch.utils.checkpoint.checkpoint(
-            _loss_of_rows, part, weight, wanted, start, group, use_reentrant=False
-        )
-        for part, wanted in zip(x.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.stack(losses).sum()
-
-
-def _loss_of_rows(
-    x: Tensor, weight: Tensor, labels: Tensor, start: int, group: dist.ProcessGroup
-) -> Tensor:
-    logits = F.linear(x, weight).to(accumulation_dtype(x.dtype))
-    top = logits.detach().amax(-1)
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    own = labels - start
-    inside = (own >= 0) & (own < weight.shape[0])
-    found = logits.gather(-1, own.clamp(0, weight.shape[0] - 1)[:, None])[:, 0]
-    shares = torch.stack([(logits - top[:, None]).exp().sum(-1), found * inside])
-    exponentials, of_label = Reduce.apply(shares, group)
-    losses = exponentials.log() + top - of_label
-    return losses.masked_fill(labels == IGNORE_INDEX, 0.0).sum()
-
-
-def gathered_logits(x: Tensor, weight: Tensor, vocab_size: int, mesh: DeviceMesh) -> Tensor:
-    """softmax's inputs over the whole vocabulary on every rank, [..., vocab_size]; no gradient."""
-    logits = F.linear(x, weight)
-    share = -(-vocab_size // mesh.size())
-    padded = F.pad(logits, (0, share - logits.shape[-1])).contiguous()
-    every = [torch.empty_like(padded) for _ in range(mesh.size())]
-    dist.all_gather(every, padded, group=mesh.get_group())
-    return torch.cat(every, -1)[..., :vocab_size]
-
-
-def slice_buffer(module: Any, name: str, mesh: DeviceMesh) -> None:
-    """Keep this rank's share of a buffer whose dim 0 is heads."""
-    values = getattr(module, name)
-    share = values.shape[0] // mesh.size()
-    first = share * mesh.get_local_rank()
-    setattr(module, name, values[first : first + share].clone())
+    share_of_rank = -(-rows // mesh.size())
+    return min(share_of_rank * mesh.get_local_rank(), rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ def make_backward(
 
     def in_segments(model: Any, batch: Any, divisor: float) -> Tensor:
         assert segment_tokens is not None
+        # On several ranks the model has a way of its own.
+        run = getattr(model, "backward_in_segments", partial(backward_in_segments, model))
         # The bounds stay on the CPU, where the segments are planned.
-        return backward_in_segments(
-            model,
+        return run(
             batch.input_ids.to(device, non_blocking=True),
             batch.labels.to(device, non_blocking=True),
             segment_tokens=segment_tokens,

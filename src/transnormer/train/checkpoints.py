@@ -18,12 +18,11 @@ from torch import Tensor
 from transnormer.config import Config, validate
 from transnormer.data.tokenizers import Tokenizer
 from transnormer.files import read_json, sha256, sync, write_json
-from transnormer.models.checkpoint import AnyModel
-from transnormer.models.random_state import random_state, set_random_state
-from transnormer.train.adapters import write_model
+from transnormer.models.random_state import set_random_state
+from transnormer.train.sync import Staged
 
 COMPLETE, CHECKPOINTS = "COMPLETE", "checkpoints"
-OPTIMIZER, RANDOM, COUNTERS = "optimizer.safetensors", "random.safetensors", "trainer.json"
+RANDOM, COUNTERS = "random.safetensors", "trainer.json"
 GUARD = "guard.safetensors"
 _TEMPORARY = ".partial-"
 _STEP = re.compile(r"step_(\d{8,})")
@@ -127,50 +126,72 @@ def what_is_wrong(path: Path) -> str | None:
     return None
 
 
-def write_checkpoint(
-    run_dir: Path,
-    model: AnyModel,
-    optimizer_state: Mapping[str, Tensor],
-    tokenizer: Tokenizer,
-    counters: Counters,
-    *,
-    keep_last: int,
-    guard: Mapping[str, Tensor] | None = None,
-) -> Path:
+class Contents(NamedTuple):
+    """What a checkpoint keeps beside weights and optimizer, as it was when those were taken.
+
+    Attributes:
+        counters: where the run stands.
+        tokenizer: of the run.
+        random: the state of the first process's random numbers.
+        guard: what a loss-spike guard needs to go on; None without one.
+        own: a hidden folder of what each process alone holds, moved into the checkpoint, where it
+            is not hidden.
+    """
+
+    counters: Counters
+    tokenizer: Tokenizer
+    random: Mapping[str, Tensor]
+    guard: Mapping[str, Tensor] | None
+    own: Path | None
+
+
+def write_checkpoint(run_dir: Path, staged: Staged, contents: Contents, *, keep_last: int) -> Path:
     """Write a whole checkpoint, then drop all but the newest keep_last (0 keeps all).
 
-    guard is what a loss-spike guard needs to go on; None without one.
+    All processes call it, beside the training or not.
 
-    Raises RuntimeError in one line where the disk refuses; older checkpoints are then untouched.
+    Raises RuntimeError in one line, on all processes, where the disk refuses one of them; older
+    checkpoints are then untouched.
     """
-    target = step_path(run_dir, counters.step)
+    target = step_path(run_dir, contents.counters.step)
     temporary = target.parent / f"{_TEMPORARY}{target.name}"
-    try:
+
+    def begin() -> None:
         remove_leftovers(run_dir)
         temporary.mkdir(parents=True)
-        write_model(model, temporary, tokenizer_fingerprint=tokenizer.fingerprint)
-        tokenizer.save(temporary)
-        _save(optimizer_state, temporary / OPTIMIZER)
-        _save(random_state(), temporary / RANDOM)
-        if guard is not None:
-            _save(guard, temporary / GUARD)
-        write_json(counters.model_dump(), temporary / COUNTERS)
-        _write_marker(temporary)
-        if target.exists():
-            _remove(target)
-        temporary.rename(target)
-        sync(target.parent)
-        for old in list_checkpoints(run_dir)[keep_last:] if keep_last else ():
-            _remove(old)
+
+    try:
+        staged.from_first(begin)
+        staged.write(temporary, tokenizer_fingerprint=contents.tokenizer.fingerprint)
+        staged.from_first(lambda: _complete(run_dir, temporary, target, contents, keep_last))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = find_checkpoint(run_dir).path
         raise RuntimeError(
-            f"checkpoint of step {counters.step} cannot be written: {error}; expected room in "
-            f"{target.parent}; the last good checkpoint is {last or 'none'}; free space and "
+            f"checkpoint of step {contents.counters.step} cannot be written: {error}; expected room "
+            f"in {target.parent}; the last good checkpoint is {last or 'none'}; free space and "
             "continue with --resume"
         ) from error
     return target
+
+
+def _complete(
+    run_dir: Path, temporary: Path, target: Path, contents: Contents, keep_last: int
+) -> None:
+    contents.tokenizer.save(temporary)
+    _save(contents.random, temporary / RANDOM)
+    if contents.guard is not None:
+        _save(contents.guard, temporary / GUARD)
+    if contents.own is not None:
+        contents.own.rename(temporary / contents.own.name.removeprefix("."))
+    write_json(contents.counters.model_dump(), temporary / COUNTERS)
+    _write_marker(temporary)
+    if target.exists():
+        _remove(target)
+    temporary.rename(target)
+    sync(target.parent)
+    for old in list_checkpoints(run_dir)[keep_last:] if keep_last else ():
+        _remove(old)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -224,11 +245,6 @@ def read_counters(path: Path) -> Counters:
 def read_guard(path: Path) -> dict[str, Tensor]:
     """Read what a checkpoint keeps for the loss-spike guard."""
     return load_file(path / GUARD)
-
-
-def read_optimizer(path: Path) -> dict[str, Tensor]:
-    """Read the state of a checkpoint's optimizer, whole tensors by parameter name and key."""
-    return load_file(path / OPTIMIZER)
 
 
 def restore_random_state(path: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -53,7 +53,8 @@ class Snapshot(NamedTuple):
 
     Attributes:
         step, tokens: of the run's counters.
-        tensors: weights, optimizer and random state, and the guard's window, by name.
+        tensors: weights, optimizer and random state, and the guard's window, by name; of weights
+            and optimizer what this process holds.
     """
 
     step: int
@@ -146,19 +147,26 @@ class Guard:
             "": self._window(),
         }
         tensors = {
-            prefix + name: x.detach().to("cpu", copy=True)
+            prefix + name: _own(x).to("cpu", copy=True)
             for prefix, part in parts.items()
             for name, x in part.items()
         }
         self.snapshot = Snapshot(step, tokens, tensors)
 
+    @torch.no_grad()
     def roll_back(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
         """Put the snapshot's weights, optimizer, random state and window back; return it."""
         assert self.snapshot is not None
         kept = self.snapshot.tensors
         # Into the tensors that are there, where compiled graphs and optimizers know them.
-        model.load_state_dict(_part(kept, _MODEL))
-        optimizer.load_state_tensors(_part(kept, _OPTIMIZER))
+        for name, x in model.state_dict().items():
+            _own(x).copy_(kept[_MODEL + name])
+        states = optimizer.state_tensors()
+        if not _part(kept, _OPTIMIZER):
+            optimizer.load_state_tensors({})
+            states = {}
+        for name, x in states.items():
+            _own(x).copy_(kept[_OPTIMIZER + name])
         set_random_state(_part(kept, _RANDOM))
         self._set_window(kept)
         return self.snapshot
@@ -177,12 +185,15 @@ class Guard:
         counts = torch.tensor([self.snapshot.step, self.snapshot.tokens])
         return {**self.snapshot.tensors, **now, "now/snapshot": counts}
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what state_tensors returned; without a snapshot in it the next one is taken."""
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], *, alone: bool = True) -> None:
+        """Restore what state_tensors returned; without a snapshot in it the next one is taken.
+
+        A snapshot is of a process that holds the whole model; unless this one is alone, it is left.
+        """
         now = _part(tensors, "now/")
         self._set_window(now)
         self._in_a_row = int(now["in_a_row"])
-        if "snapshot" in now:
+        if alone and "snapshot" in now:
             step, tokens = now["snapshot"].tolist()
             kept = {name: x for name, x in tensors.items() if not name.startswith("now/")}
             self.snapshot = Snapshot(step, tokens, kept)
@@ -204,6 +215,12 @@ def robust_score(value: float, past: deque[float]) -> float:
     middle = statistics.median(past)
     spread = statistics.median(abs(x - middle) for x in past)
     return (value - middle) / max(_DEVIATIONS * spread, _LEAST * abs(middle), 1e-30)
+
+
+def _own(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    local: Callable[[], Tensor] | None = getattr(x, "to_local", None)
+    return x.detach() if local is None else local().detach()
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
 from transnormer.files import write_atomic
+from transnormer.parallel.outer_config import OuterReport
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 TENSORBOARD, PICTURE = "tensorboard", "loss.png"
@@ -120,9 +121,14 @@ class Records:
         # purge_step hides the points that were written beyond this step.
         self._board = SummaryWriter(str(self._run_dir / TENSORBOARD), purge_step=step + 1)
 
-    def step(self, report: StepReport, skipped: str | None = None) -> None:
-        """Write one update, or a skipped one with its reason and its finite figures."""
-        row = _row(report)
+    def step(
+        self, report: StepReport, skipped: str | None = None, outer: OuterReport | None = None
+    ) -> None:
+        """Write one update, or a skipped one with its reason and its finite figures.
+
+        outer is the outer step behind the update, where there was one.
+        """
+        row = _row(report) | ({} if outer is None else outer.row())
         if skipped is not None:
             row = {name: value for name, value in row.items() if math.isfinite(value)}
             row |= {"action": "skip", "reason": skipped}

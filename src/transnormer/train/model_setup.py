@@ -49,7 +49,10 @@ def set_up(
             module.autocast_residual = config.train.residual == "bfloat16"
     set_checkpointing(model, config.train.checkpointing)
     if config.train.compile:
-        compile_blocks(model, activation_memory=config.train.activation_memory)
+        # Between processes messages pass in the middle of a block: states of parts of a sequence, sums,
+        # and parameters of norms and angles, which are gathered on their own.
+        whole = sync.devices == 1
+        compile_blocks(model, activation_memory=config.train.activation_memory, whole=whole)
     model = sync.wrap(model)
     rates = {name: scale.lr for name, scale in scales.items()}
     backend = "inductor" if config.train.compile else None

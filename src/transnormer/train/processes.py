@@ -26,23 +26,18 @@ def join_processes(config: RunConfig, device: torch.device) -> tuple[GradSync, t
         RuntimeError: the launcher's variables are wrong.
     """
     world = current_world()
-    axes = config.parallel.axes(world.world_size)
+    config.parallel.axes(world.world_size)
     if world.world_size == 1:
         return OneProcess(), device
     _refuse(config)
     # torch.distributed costs a second to import, which one process need not pay.
-    from transnormer.parallel.layout import Layout
+    from transnormer.parallel.local_layout import build_layout
     from transnormer.parallel.mesh import start_processes
 
     device = start_processes(device.type)
     half = choose_precision(config.train.precision, device) == "bfloat16"
-    layout = Layout(
-        axes,
-        device,
-        exchange=config.parallel.sp_exchange,
-        overlap=config.parallel.sp_overlap,
-        gather_dtype=torch.bfloat16 if half else None,
-    )
+    gather_dtype = torch.bfloat16 if half else None
+    layout = build_layout(config.parallel, world.world_size, device, gather_dtype=gather_dtype)
     return cast(GradSync, layout), device
 
 
@@ -51,18 +46,22 @@ def _refuse(config: RunConfig) -> None:
     refused: dict[str, tuple[Any, bool, str]] = {
         "guard.action": (
             config.guard.action,
-            config.guard.action == "rollback",
-            "snapshots are of one process; take 'skip'",
+            config.guard.action == "rollback" and config.parallel.outer is not None,
+            "copies that update on their own have no one state to go back to; take 'skip'",
         ),
         "train.segment_tokens": (
             config.train.segment_tokens,
-            config.train.segment_tokens is not None,
-            "segments are cut from whole sequences with whole parameters; leave it out",
+            config.train.segment_tokens is not None and config.parallel.tp > 1,
+            "states of heads that lie on several ranks are not cut; set parallel.tp to 1",
         ),
-        "train.compile": (
-            config.train.compile,
-            config.train.compile and config.parallel.sp > 1,
-            "states are exchanged outside of graphs; set it to false, or parallel.sp to 1",
+        "train.checkpointing": (
+            config.train.checkpointing,
+            config.train.checkpointing != "none"
+            and config.train.compile
+            and config.parallel.sp > 1
+            and config.train.segment_tokens is None,
+            "states are exchanged outside of graphs, and a block that is computed again is one graph "
+            "or none; set one of it, train.compile and parallel.sp to its default",
         ),
         "train.cuda_graph": (
             config.train.cuda_graph,

@@ -1,4 +1,4 @@
-"""What keys of a recipe mean nothing beside others: classification, instructions, adapters."""
+"""What keys of a recipe mean nothing beside others: classification, instructions, adapters, copies."""
 
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,15 @@ def check_lines(config: "RunConfig") -> None:
         raise ValueError(
             "model.init_from is missing; expected a trained model for objective.kind = "
             "'instruction'; set it to a run, a step or a saved model"
+        )
+
+
+def check_outer(config: "RunConfig") -> None:
+    """Raise ValueError where copies of the model cannot go apart as the rest of the recipe says."""
+    if config.parallel.outer is not None and config.guard.action == "rollback":
+        raise ValueError(
+            "guard.action is 'rollback' beside [parallel.outer]; expected 'off' or 'skip': its "
+            "snapshots do not hold what lies between the copies; change it, or leave the table out"
         )
 
 

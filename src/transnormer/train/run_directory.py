@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "train.eval_bytes",
     "train.save_every",
     "train.keep_last",
+    "train.save_async",
     "train.max_minutes",
     "profile.steps",
     "profile.rows",
@@ -39,6 +40,8 @@ MAY_CHANGE = {
     "parallel.sp",
     "parallel.sp_exchange",
     "parallel.sp_overlap",
+    "parallel.tp",
+    "parallel.tp_residual",
 }
 
 

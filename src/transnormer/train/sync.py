@@ -1,6 +1,8 @@
 """How several processes train one model: the hooks that the trainer calls, and one process."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -8,9 +10,28 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from transnormer.models.checkpoint import AnyModel
 from transnormer.optim import Optimizer
+from transnormer.parallel.host_copies import HostCopies
+from transnormer.parallel.one_model import OneModel
+from transnormer.parallel.outer_config import OuterReport
+from transnormer.train.staging import StagedModel
 
 ModelT = TypeVar("ModelT", bound=AnyModel)
 T = TypeVar("T")
+
+
+class Staged(Protocol):
+    """A model and an optimizer's state as they were when they were taken."""
+
+    def write(self, folder: Path, *, tokenizer_fingerprint: str | None) -> None:
+        """Write weights, config.json and the optimizer's state; all processes call it.
+
+        Raises OSError on all processes where one cannot write.
+        """
+        ...
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """As GradSync's; this one may be called beside the training."""
+        ...
 
 
 class GradSync(Protocol):
@@ -62,6 +83,13 @@ class GradSync(Protocol):
         """Return the model of one process and its optimizer's state; None but on the first."""
         ...
 
+    def stage(self, model: AnyModel, optimizer: Optimizer, copies: HostCopies | None) -> Staged:
+        """Take what this process holds, to be written as a checkpoint; all processes call it.
+
+        With copies it is copied there, and may change while it is written.
+        """
+        ...
+
     def load(
         self,
         model: AnyModel,
@@ -70,6 +98,30 @@ class GradSync(Protocol):
         states: Mapping[str, Tensor],
     ) -> None:
         """Copy whole weights and an optimizer's whole state into this process's shares."""
+        ...
+
+    def summed(self, values: Tensor, total: Tensor) -> Tensor:
+        """Return values summed over the processes whose gradients are summed; see OneModel."""
+        ...
+
+    def overall_norm(self, norm: Tensor) -> Tensor:
+        """Return the gradient's norm as it is reported and judged; see OneModel."""
+        ...
+
+    def outer_step(self, model: AnyModel, lr: float) -> OuterReport | None:
+        """Let copies of the model meet, where they are due; see OneModel."""
+        ...
+
+    def agreed(self, model: AnyModel) -> AbstractContextManager[None]:
+        """Let the parameters be those that are evaluated and exported; see OneModel."""
+        ...
+
+    def write_own(self, model: AnyModel, optimizer: Optimizer, folder: Path) -> Path | None:
+        """Write what only this process holds; see OneModel."""
+        ...
+
+    def read_own(self, model: AnyModel, optimizer: Optimizer, checkpoint: Path) -> str | None:
+        """Restore what ``write_own`` kept; see OneModel."""
         ...
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -81,7 +133,7 @@ class GradSync(Protocol):
         ...
 
 
-class OneProcess:
+class OneProcess(OneModel):
     """A GradSync of one process alone."""
 
     rank = 0
@@ -115,6 +167,12 @@ class OneProcess:
     def whole(self, model: AnyModel, optimizer: Optimizer) -> tuple[AnyModel, Mapping[str, Tensor]]:
         """Return what there is."""
         return model, optimizer.state_tensors()
+
+    def stage(
+        self, model: AnyModel, optimizer: Optimizer, copies: HostCopies | None
+    ) -> StagedModel:
+        """Take the whole model and all states."""
+        return StagedModel(model, optimizer, copies)
 
     def load(
         self,

@@ -20,6 +20,8 @@ class TrainConfig(Config):
             the one that classification takes.
         save_every: steps between checkpoints; 0 is only at the end.
         keep_last: checkpoints that are kept; 0 keeps all.
+        save_async: write checkpoints beside the training, from a copy in the host's memory of what
+            each process holds of weights and optimizer; false waits for them and needs no copy.
         precision: `auto` is bfloat16 autocast on a GPU and on a CPU with AMX, float32 elsewhere.
         weights: what parameters and their gradients are kept in. `bfloat16` halves both, and wants
             `optimizer.states` and `precision` to be bfloat16 too: updates are then rounded
@@ -51,6 +53,7 @@ class TrainConfig(Config):
     eval_bytes: int = Field(default=0, ge=0)
     save_every: int = Field(default=0, ge=0)
     keep_last: int = Field(default=2, ge=0)
+    save_async: bool = True
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     weights: Literal["float32", "bfloat16"] = "float32"
     residual: Literal["float32", "bfloat16"] = "float32"

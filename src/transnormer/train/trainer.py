@@ -1,20 +1,19 @@
 """The training loop: one process's part of a run, from a configuration to a trained model."""
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from transnormer.models import checkpoint
 from transnormer.models.device_peaks import device_peak
+from transnormer.models.random_state import random_state
+from transnormer.parallel.host_copies import HostCopies
 from transnormer.train import checkpoints
-from transnormer.train.adapters import BASE, describe_size, read_weights
+from transnormer.train.adapters import BASE, describe_size
 from transnormer.train.allocator import keep_freed_memory
-from transnormer.train.checkpoints import Counters
+from transnormer.train.checkpoints import Contents, Counters
 from transnormer.train.divergence import check_finite, check_parameters
 from transnormer.train.evaluation import Evaluate, evaluate_until
 from transnormer.train.guard import Guard
@@ -43,34 +42,14 @@ from transnormer.train.processes import (
 )
 from transnormer.train.profiling import ProfileConfig, StepProfiler
 from transnormer.train.recipe import RunConfig
+from transnormer.train.result import StoppedBy, TrainResult
 from transnormer.train.run_directory import DATA, disk_errors_in_one_line, write_config
-from transnormer.train.signals import SignalName, Stop, stop_requests, termination_raises
+from transnormer.train.saving import Saver
+from transnormer.train.signals import Stop, stop_requests, termination_raises
+from transnormer.train.staging import read_step
 from transnormer.train.sync import GradSync
 from transnormer.train.update import Updater
 from transnormer.train.utilisation import token_share
-
-StoppedBy = Literal["steps", "max_minutes"] | SignalName
-
-
-class TrainResult(NamedTuple):
-    """How a run ended.
-
-    Attributes:
-        run_dir: the run directory.
-        step: updates done in all.
-        stopped_by: "steps" where all were done.
-        checkpoint: the last one.
-        first, last: the first and the newest evaluation of the run, None without evaluations.
-        seconds: the run's own time over all resumptions.
-    """
-
-    run_dir: Path
-    step: int
-    stopped_by: StoppedBy
-    checkpoint: Path
-    first: HeldoutReport | None
-    last: HeldoutReport | None
-    seconds: float
 
 
 def run_training(
@@ -162,6 +141,7 @@ class Trainer:
         profile = config.profile if sync.is_first else ProfileConfig()
         self.profiler = StepProfiler(profile, run_dir, device, progress.message)
         self.records: Records | NoRecords | None = None
+        self.saver, self.copies = Saver(sync), HostCopies() if train.save_async else None
 
     def start(self, *, resume: bool) -> None:
         """Restore the newest whole checkpoint, or begin at step 0; say which."""
@@ -206,18 +186,21 @@ class Trainer:
                 f"train.precision is {self.counters.precision} here; expected "
                 f"{counters.precision}, as {path} was trained; set it"
             )
-        # Copied into the fresh model: where a tensor lies in memory can change the last bit of a
-        # product, and a run from step 0 has its weights in memory of this kind.
-        weights = read_weights(path, self.run_dir / DATA / BASE, device=self.device)
-        states = checkpoints.read_optimizer(path)
+        weights, states = read_step(
+            path, self.run_dir / DATA / BASE, self.device, whole=self.sync.devices == 1
+        )
         self.sync.load(self.model, self.optimizer, weights, states)
         checkpoints.restore_random_state(path)
         if self.sync.process:
             seed = self.config.train.seed
             torch.manual_seed(seed_of(seed, self.sync.process, counters.step))
         if self.config.guard.action != "off":
-            self.guard.load_state_tensors(checkpoints.read_guard(path))
+            alone = self.sync.devices == 1
+            self.guard.load_state_tensors(checkpoints.read_guard(path), alone=alone)
+        note = self.sync.read_own(self.model, self.optimizer, path)
         self.counters = counters
+        if note is not None:
+            self.progress.message(note)
         self.progress.message(f"continuing from {path}")
 
     def run(self) -> TrainResult:
@@ -232,6 +215,7 @@ class Trainer:
             stopped_by = self._stopped_by(stop) if self._evaluate_if_due(stop) else stop()
             while stopped_by is None:
                 self._update()
+                self.saver.poll()
                 step = self.counters.step
                 stopped_by = self._stopped_by(stop)
                 scheduled = bool(train.save_every) and step % train.save_every == 0
@@ -246,6 +230,7 @@ class Trainer:
             newest = checkpoints.step_path(self.run_dir, self.counters.step)
             if last != newest:
                 self._save()
+            self.saver.drain()
         assert self.records is not None
         self.records.sync()
         if self.sync.is_first:
@@ -262,7 +247,8 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Close the records, and a profile that was not finished."""
+        """Close the records, and a profile that was not finished; end the last checkpoint."""
+        self.saver.close()
         self.profiler.close()
         if self.records is not None:
             # After a full disk the last lines cannot be written here either; a run that ends well
@@ -311,8 +297,10 @@ class Trainer:
             seconds=self.counters.seconds,
             mfu=None if self.token_share is None else rate * self.token_share / self.sync.devices,
         )
+        if made.outer is not None and made.outer.note is not None:
+            self.progress.message(made.outer.note)
         assert self.records is not None
-        self.records.step(report, skipped=made.spike)
+        self.records.step(report, skipped=made.spike, outer=made.outer)
         if made.spike is not None:
             self.progress.message(f"step {report.step}: {made.spike}; its update is skipped")
         self.progress.step(report, steps)
@@ -338,30 +326,37 @@ class Trainer:
         self.progress.message(f"step {from_step}: {spike}; back to step {kept.step}")
         # At once, so that no checkpoint of the steps given up is continued; never without one.
         self._save(keep_last=0)
-        checkpoints.remove_after(self.run_dir, kept.step)
+        self.saver.drain()
+        self.sync.from_first(lambda: checkpoints.remove_after(self.run_dir, kept.step))
 
     def _save(self, **keep: int) -> Path:
-        whole = self.sync.whole(self.model, self.optimizer)
-        keep = {"keep_last": self.config.train.keep_last, **keep}
-        return self.sync.from_first(lambda: self._write(whole, **keep))
-
-    def _write(
-        self, whole: tuple[checkpoint.AnyModel, Mapping[str, Tensor]] | None, keep_last: int
-    ) -> Path:
-        assert whole is not None
+        """Write a checkpoint, beside the training where the run says so; return where."""
+        self.saver.drain()
+        if self.sync.devices > 1:
+            # A checkpoint holds no snapshot of shares: the run goes on from one of its own step.
+            self._snapshot()
+        done, train = self.counters, self.config.train
+        check_parameters(self.model, done.step, self.run_dir, self.sync.highest)
         assert self.records is not None
-        model, states = whole
-        check_parameters(model, self.counters.step, self.run_dir)
         self.records.sync()
-        return checkpoints.write_checkpoint(
-            self.run_dir,
-            model,
-            states,
-            self.objective.tokenizer,
-            self.counters,
-            keep_last=keep_last,
-            guard=self.guard.state_tensors(self.counters.step),
+        folder = self.run_dir / checkpoints.CHECKPOINTS
+        own = self.sync.write_own(self.model, self.optimizer, folder)
+        contents = Contents(
+            counters=done,
+            tokenizer=self.objective.tokenizer,
+            random=random_state(),
+            guard=self.guard.state_tensors(done.step),
+            own=own,
         )
+        keep = {"keep_last": train.keep_last, **keep}
+        with self.sync.agreed(self.model):
+            staged = self.sync.stage(self.model, self.optimizer, self.copies)
+            self.saver.start(
+                lambda: checkpoints.write_checkpoint(self.run_dir, staged, contents, **keep)
+            )
+            if self.copies is None:
+                self.saver.drain()
+        return checkpoints.step_path(self.run_dir, done.step)
 
     def _evaluations(self) -> list[HeldoutReport]:
         rows = self.sync.from_first(lambda: read_records(self.run_dir / EVALUATIONS))
@@ -382,7 +377,8 @@ class Trainer:
         found = None
         if stop() is None:
             compiled = self.config.train.compile
-            found = evaluate_until(stop, self.objective.evaluate, self.model, compiled=compiled)
+            with self.sync.agreed(self.model):
+                found = evaluate_until(stop, self.objective.evaluate, self.model, compiled=compiled)
         if found is None:
             return False
         seconds = time.perf_counter() - self.clock

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from transnormer.models.checkpoint import AnyModel
 from transnormer.optim import Optimizer
+from transnormer.parallel.outer_config import OuterReport
 from transnormer.train.backward import make_backward
 from transnormer.train.batches import Batches
 from transnormer.train.checkpoints import Counters
@@ -29,6 +30,7 @@ class Update(NamedTuple):
         tokens: read by the step.
         spike: why the guard dropped the update; None where it was made.
         next_sample: where the next step reads.
+        outer: the outer step behind the update, where there was one.
     """
 
     loss: float
@@ -38,6 +40,7 @@ class Update(NamedTuple):
     tokens: int
     spike: str | None
     next_sample: int
+    outer: OuterReport | None = None
 
 
 class _Figures:
@@ -99,15 +102,18 @@ class Updater:
         """
         config, sync = self._config, self._sync
         batches = self._batches.take(done.next_sample)
-        labels, tokens, text_bytes = sync.total(batches.counts).tolist()
-        nats = self._gradients(batches.parts, max(labels, 1.0))
+        counts = sync.total(batches.counts)
+        labels, tokens, text_bytes = counts.tolist()
+        divisor = sync.summed(batches.counts, counts)[0].item()
+        nats = self._gradients(batches.parts, max(divisor, 1.0))
         sync.after_backward(self._model)
         norm = sync.total_norm(self._model)
         next_sample = done.next_sample + config.samples_per_step
         if done.step + 1 < config.train.steps:
             # Before the figures are waited for: the device is still at work on this step.
             self._batches.prepare(next_sample)
-        figures = _Figures(torch.cat([sync.total(nats.reshape(1)), norm.reshape(1).to(nats.dtype)]))
+        overall = sync.overall_norm(norm).reshape(1).to(nats.dtype)
+        figures = _Figures(torch.cat([sync.total(nats.reshape(1)), overall]))
         lr = config.optimizer.lr_at(done.step, config.train.steps)
         if not self._guard.drops:
             # Launched while the device is at work on the gradients; while it is at work on this, the
@@ -119,8 +125,10 @@ class Updater:
         if self._guard.drops and spike is None:
             self._change_weights(norm, lr)
         self._optimizer.zero_grad()
+        outer = None
         if spike is None:
             sync.after_step(self._model, done.step + 1)
+            outer = sync.outer_step(self._model, lr)
         return Update(
             loss=loss,
             bits_per_byte=(
@@ -131,6 +139,7 @@ class Updater:
             tokens=int(tokens),
             spike=spike,
             next_sample=next_sample,
+            outer=outer,
         )
 
     def _change_weights(self, norm: Tensor, lr: float) -> None:

@@ -6,6 +6,10 @@ import pytest
 import torch
 from kernel_cases import needs_interpreter
 from tolerances import OUTPUT, assert_close
+from torch import Tensor
+
+from transnormer.ops import RingState
+from transnormer.ops.decode.tiles import RowsTile
 
 
 @needs_interpreter
@@ -58,9 +62,126 @@ def test_rows_have_the_product_of_two_matrices(rows: int) -> None:
     first, second = (torch.randn(37, 150, generator=generator).bfloat16() for _ in range(2))
     normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.5).sqrt()
     gate, up = normed @ first.double().T, normed @ second.double().T
-    made = kernels.project_rows(x, first, second=second, eps=0.5, activation="silu")
+    arrived = torch.zeros(3, dtype=torch.int32)
+    made = kernels.project_rows(
+        x, first, second=second, eps=0.5, activation="silu", arrived=arrived
+    )
     # Three roundings, which the interpreter cuts off.
     assert_close(made, torch.nn.functional.silu(gate) * up, limit=2 * OUTPUT[torch.bfloat16])
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "tile"),
+    [(64, 256, RowsTile(64, 64, 4, 3, 4, 64)), (37, 200, RowsTile(16, 64, 3, 3, 4, 0))],
+    ids=["even", "uneven"],
+)
+def test_a_sum_in_parts_is_the_sum(outputs: int, inputs: int, tile: RowsTile) -> None:
+    """The last program of a block sums them, and leaves the counts as they were."""
+    from transnormer.ops.decode import triton_projection as kernels
+
+    generator = torch.Generator().manual_seed(8)
+    x, y = (torch.randn(5, n, generator=generator).bfloat16() for n in (inputs, outputs))
+    first, second = (torch.randn(outputs, inputs, generator=generator).bfloat16() for _ in range(2))
+    normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.5).sqrt()
+    arrived, limit = torch.zeros(4, dtype=torch.int32), 2 * OUTPUT[torch.bfloat16]
+    product = torch.nn.functional.silu(normed @ first.double().T) * (normed @ second.double().T)
+    made = kernels.project_rows(
+        x, first, second=second, eps=0.5, activation="silu", arrived=arrived, tile=tile
+    )
+    assert_close(made, product, limit=limit)
+    exact = y.double() + x.double() @ first.double().T
+    assert_close(
+        kernels.project_rows(x, first, residual=y, arrived=arrived, tile=tile), exact, limit=limit
+    )
+    assert not arrived.any()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(21, 96, 32), (8, 5120, 128)], ids=str)
+def test_four_bits_are_scaled_shifted_and_multiplied(outputs: int, inputs: int, group: int) -> None:
+    """In one turn with groups left over, and in two of which the last is hardly filled."""
+    from transnormer.ops.decode import triton_nibbles as kernels
+
+    generator = torch.Generator().manual_seed(7)
+
+    def made() -> tuple[kernels.Nibbles, Tensor]:
+        ints = torch.randint(0, 16, (outputs, inputs), generator=generator)
+        scales, zeros = (
+            (0.01 * torch.randn(outputs, inputs // group, generator=generator)).bfloat16()
+            for _ in range(2)
+        )
+        packed = kernels.pack(ints, scales, zeros)
+        assert packed is not None
+        scales, zeros = (x.double().repeat_interleave(group, 1) for x in (scales, zeros))
+        return packed, (ints - 8) * scales + zeros
+
+    (weight, exact), (second, exact2) = made(), made()
+    # Inputs far from 1, which come near neither end of float32.
+    x, u, y = (1e4 * torch.randn(1, n, generator=generator) for n in (inputs, inputs, outputs))
+    normed = x.double() / (x.double().square().mean() + 0.25).sqrt()
+    wanted = y.double() + x.double() * (u / 1e4).double().sigmoid() @ exact.T
+    gated = kernels.project(x, weight, gate=u / 1e4, gate_activation="sigmoid", residual=y)
+    assert gated is y
+    assert_close(gated, wanted, limit=4 * OUTPUT[torch.float32])
+    product = torch.nn.functional.silu(normed @ exact.T) * (normed @ exact2.T)
+    both = kernels.project(x, weight, second=second, eps=0.25, activation="silu")
+    assert_close(both, product, limit=4 * OUTPUT[torch.float32])
+
+
+@needs_interpreter
+def test_groups_that_kernels_do_not_read_are_not_packed() -> None:
+    from transnormer.ops.decode import triton_nibbles as kernels
+
+    ints = torch.zeros(4, 96, dtype=torch.int32)
+    for groups, dtype in ((2, torch.bfloat16), (6, torch.bfloat16), (3, torch.float32)):
+        scales = torch.ones(4, groups, dtype=dtype)
+        assert kernels.pack(ints, scales, scales) is None
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("dim", "capacity", "turned"), [(16, 4, False), (12, 6, True)], ids=str)
+def test_rings_give_what_states_give(dim: int, capacity: int, turned: bool) -> None:
+    """Over several folds, rows that are skipped, and rings whose memory holds NaN."""
+    from transnormer.ops.decode import triton_pointwise as kernels
+    from transnormer.ops.decode import triton_ring_mix as rings
+
+    heads, key_dim = 2, dim * (1 + turned)
+    theta, g = torch.rand(heads, dim) if turned else None, torch.tensor([-0.01, -3.0])
+    ring = RingState.empty(5, heads, key_dim, dim, capacity=capacity)
+    ring.keys.fill_(math.nan)
+    ring.values.fill_(math.nan)
+    ring.state.normal_()
+    assert rings.fits(ring)
+    pool = ring.state.clone()
+    for t in range(2 * capacity + 1):
+        qkvu, where = torch.randn(3, 4 * heads * dim), torch.full((3,), t, dtype=torch.int64)
+        slots = torch.tensor([[4, -1, 0], [2, 3, -1], [0, 4, 2]][t % 3], dtype=torch.int32)
+        common = (slots, heads, "silu", "none")
+        made = rings.ring_mix(qkvu, where, theta, g, ring, *common, overlap=False)
+        exact = kernels.mix(qkvu, where, theta, g, pool, *common, overlap=False)
+        assert_close(made, exact)
+        u = qkvu[:, 3 * heads * dim :]
+        gated = kernels.norm_gate(made, u, 0.5, "silu", overlap=False, ring=ring, slots=slots)
+        assert torch.equal(gated, kernels.norm_gate(made, u, 0.5, "silu", overlap=False))
+    assert_close(ring.fold(g), pool)
+    assert ring.length.max() <= capacity
+
+
+@needs_interpreter
+def test_a_ring_rolled_back_too_far_shows_and_touches_nothing() -> None:
+    from transnormer.ops.decode import triton_ring_mix as rings
+
+    ring = RingState.empty(3, 2, 16, 16)
+    ring.length[:] = torch.tensor([0, -1, 0])
+    before = RingState(*(x.clone() for x in ring))
+    qkvu, where = torch.randn(3, 4 * 32), torch.zeros(3, dtype=torch.int64)
+    slots = torch.tensor([1, 3, -1], dtype=torch.int32)
+    common = (None, torch.tensor([-0.5, -2.0]), ring, slots, 2, "silu", "none")
+    o = rings.ring_mix(qkvu, where, *common, overlap=False)
+    assert torch.isnan(o[:2]).all()
+    assert torch.equal(o[2], torch.zeros(32))
+    assert all(torch.equal(x, y) for x, y in zip(ring, before, strict=True))
 
 
 @needs_interpreter

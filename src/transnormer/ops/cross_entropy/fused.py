@@ -24,14 +24,15 @@ def _rows_of_a_tile(rows: int, vocab_size: int) -> int:
     return max(min(share, _TILE_LOGITS // vocab_size), 1)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b in total's dtype, float32; the product of 16-bit inputs is not rounded."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def _put_product(total: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """total = a b, or total += a b, in total's dtype, float32: of 16-bit inputs it is not rounded."""
+    if a.is_cuda and a.dtype != total.dtype:
+        if add:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=float(add))
 
 
 @torch.library.custom_op("transnormer::linear_cross_entropy_sum", mutates_args=())
@@ -48,7 +49,9 @@ def fused_sum(
     rows, vocab_size = x.shape[0], weight.shape[0]
     losses = x.new_empty(rows, dtype=torch.float32)
     grad_x = torch.empty_like(x) if with_gradient else x.new_empty(0)
-    grad_weight = weight.new_zeros(weight.shape if with_gradient else (0,), dtype=torch.float32)
+    # The first tile writes it, the others add to it.
+    make = weight.new_empty if rows else weight.new_zeros
+    grad_weight = make(weight.shape if with_gradient else (0,), dtype=torch.float32)
     tile = _rows_of_a_tile(rows, vocab_size)
     width = -(-vocab_size // _ALIGNMENT) * _ALIGNMENT
     buffer = x.new_empty(min(tile, rows), width)
@@ -66,7 +69,7 @@ def fused_sum(
             )
             if with_gradient:
                 torch.mm(logits, weight, out=grad_x[first : first + tile])
-                _add_product(grad_weight, logits.mT, part)
+                _put_product(grad_weight, logits.mT, part, add=first > 0)
     return losses.sum(), grad_x, grad_weight
 
 

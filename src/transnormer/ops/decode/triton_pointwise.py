@@ -25,6 +25,7 @@ from transnormer.ops.decode.triton_launch import (
     wait_for_inputs,
 )
 from transnormer.ops.linear_attention.launch_config import block_of
+from transnormer.ops.linear_attention.ring import RingState
 from transnormer.ops.linear_attention.triton_arithmetic import split_decay
 from transnormer.ops.linear_attention.triton_step import configuration
 from transnormer.ops.lrpe.triton_lrpe import turn
@@ -92,15 +93,26 @@ def add_norm_kernel(
     tl.store(made + at, (value * factor).to(made.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def norm_gate_kernel(
-    o, u, made, u_row, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    o, u, made, u_row, eps, start, length, slots, num_slots,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ACTIVATION: tl.constexpr, C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One row; u_row is the stride of u's rows."""
+    """One row; u_row is the stride of u's rows. With C entries of a ring it takes up a token."""
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
     columns, row = tl.arange(0, BLOCK_D), tl.program_id(0).to(tl.int64)
+    if C > 0:
+        slot = tl.load(slots + row).to(tl.int64)
+        known = (slot >= 0) & (slot < num_slots)
+        n = tl.load(length + slot, mask=known, other=-1)
+        first = tl.load(start + slot, mask=known, other=0)
+        folds = n + 1 > C
+        # Every warp has read the old length before one of them replaces it.
+        tl.debug_barrier()
+        tl.store(start + slot, tl.where(folds, (first + C // 2) % C, first), mask=n >= 0)
+        tl.store(length + slot, tl.where(folds, n - C // 2, n) + 1, mask=n >= 0)
     inside = columns < D
     value = tl.load(o + row * D + columns, mask=inside, other=0.0).to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
@@ -291,13 +303,32 @@ def add_norm(x: Tensor, y: Tensor | None, eps: float, *, overlap: bool) -> Tenso
     return made
 
 
-def norm_gate(o: Tensor, u: Tensor, eps: float, activation: str, *, overlap: bool) -> Tensor:
-    """o normed times act(u), [rows, dim]; u has a contiguous last dim."""
+def norm_gate(
+    o: Tensor,
+    u: Tensor,
+    eps: float,
+    activation: str,
+    *,
+    overlap: bool,
+    ring: RingState | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """o normed times act(u), [rows, dim]; u has a contiguous last dim.
+
+    Args:
+        o, u, eps, activation, overlap: as everywhere.
+        ring: rings into which ``triton_ring_mix`` has put a token of each row; their start and
+            length are moved on.
+        slots: int32 [rows], those of the rows; -1 is none.
+    """
     rows, width = o.shape
     made = torch.empty_like(o)
+    places = (o, o, o) if ring is None or slots is None else (ring.start, ring.length, slots)
     run(
-        norm_gate_kernel, rows, o, o, u, made, u.stride(0), eps, D=width, BLOCK_D=block_of(width),
-        ACTIVATION=number_of(activation), overlap=overlap, num_warps=4,
+        norm_gate_kernel, rows, o, o, u, made, u.stride(0), eps, *places,
+        0 if ring is None else len(ring.length), D=width, BLOCK_D=block_of(width),
+        ACTIVATION=number_of(activation), C=0 if ring is None else ring.capacity, overlap=overlap,
+        num_warps=4,
     )
     return made
 

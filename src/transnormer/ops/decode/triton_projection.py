@@ -12,10 +12,12 @@ gate. Products and sums are float32.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from transnormer.ops.decode.tiles import RowsTile, tile_of, tile_of_rows
 from transnormer.ops.decode.triton_launch import (
     activated,
     let_next_begin,
@@ -40,11 +42,50 @@ def load_weights(w, columns, rows, k, K: tl.constexpr, N: tl.constexpr, EVEN: tl
 
 
 @triton.jit
+def ask_for(
+    w, rows, start, K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr
+):
+    """Have AHEAD columns of BLOCK_N rows brought into the L2 cache, without waiting for them.
+
+    By sectors of 32 bytes, the least that a request may bring.
+    """
+    BYTES: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    at = tl.minimum(start + tl.arange(0, AHEAD * BYTES // 32) * (32 // BYTES), K - 1)
+    at = w + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * K + at[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def finish_row(
+    out, up, square, rows, residual, y, eps, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+):
+    """Store entries of a row from its products: normed, multiplied or added to.
+
+    Rounded where the products of the model in PyTorch are.
+    """
+    factor = 1.0
+    if NORM:
+        factor = 1.0 / tl.sqrt(square / K + eps)
+    out = (out * factor).to(y.dtype.element_ty).to(tl.float32)
+    if DOUBLE:
+        up = (up * factor).to(y.dtype.element_ty).to(tl.float32)
+        out = activated(out, ACTIVATION).to(y.dtype.element_ty).to(tl.float32) * up
+    if ADD:
+        out += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
 def projection_kernel(
     x, gate, w, w2, scale, scale2, residual, y, eps,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SCALED: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, GATE_ACTIVATION: tl.constexpr,
-    DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_N entries of y: N outputs, K inputs; DOUBLE has a second matrix."""
     EVEN: tl.constexpr = (N % BLOCK_N == 0) and (K % BLOCK_K == 0)
@@ -55,6 +96,10 @@ def projection_kernel(
     second = first
     if DOUBLE:
         second = load_weights(w2, columns, rows, 0, K, N, EVEN)
+    if OVERLAP and AHEAD > 0:
+        ask_for(w, rows, 0, K, N, BLOCK_N, AHEAD)
+        if DOUBLE:
+            ask_for(w2, rows, 0, K, N, BLOCK_N, AHEAD)
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     sums2 = tl.zeros([BLOCK_N, BLOCK_K] if DOUBLE else [1, 1], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -83,49 +128,80 @@ def projection_kernel(
         out *= tl.load(scale + rows, mask=rows < N, other=0.0).to(tl.float32)
         if DOUBLE:
             up *= tl.load(scale2 + rows, mask=rows < N, other=0.0).to(tl.float32)
-    factor = 1.0
-    if NORM:
-        factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-    # Rounded where the products of the model in PyTorch are.
-    out = (out * factor).to(y.dtype.element_ty).to(tl.float32)
-    if DOUBLE:
-        up = (up * factor).to(y.dtype.element_ty).to(tl.float32)
-        out = activated(out, ACTIVATION).to(y.dtype.element_ty).to(tl.float32) * up
-    if ADD:
-        out += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < N)
+    square = tl.sum(squares, 0)
+    finish_row(out, up, square, rows, residual, y, eps, N, K, NORM, DOUBLE, ACTIVATION, ADD)
 
 
 @triton.jit
 def rows_kernel(
-    x, w, w2, residual, y, eps, M,
+    x, w, w2, residual, y, partial, arrived, eps, M,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, NORM: tl.constexpr, DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr,
+    DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):
-    """BLOCK_N columns of y, M <= BLOCK_M rows: products are [BLOCK_N, BLOCK_M]."""
-    EVEN: tl.constexpr = (N % BLOCK_N == 0) and (K % BLOCK_K == 0)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """BLOCK_N columns of y, M <= BLOCK_M rows, over one of SPLIT parts of the inputs; the program
+    of a block that ends last sums the parts in their order. Products are [BLOCK_N, BLOCK_M]."""
+    EVEN: tl.constexpr = (N % BLOCK_N == 0) and (K % (SPLIT * BLOCK_K) == 0)
+    PART: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K
+    TILE: tl.constexpr = BLOCK_N * BLOCK_M
+    SCRATCH: tl.constexpr = TILE * (2 if DOUBLE else 1) + BLOCK_M
+    program = tl.program_id(0)
+    block, start = program // SPLIT, (program % SPLIT) * PART
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns, m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
     let_next_begin(OVERLAP)
+    if OVERLAP and AHEAD > 0:
+        ask_for(w, rows, start, K, N, BLOCK_N, AHEAD)
+        if DOUBLE:
+            ask_for(w2, rows, start, K, N, BLOCK_N, AHEAD)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     sums2 = tl.zeros([BLOCK_N, BLOCK_M] if DOUBLE else [1, 1], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_K, BLOCK_M] if NORM else [1, 1], tl.float32)
     wait_for_inputs(OVERLAP)
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for step in tl.range(0, PART, BLOCK_K, num_stages=STAGES):
+        k = start + step
         first = load_weights(w, columns, rows, k, K, N, EVEN)
         at = x + m[None, :] * K + (k + columns)[:, None]
-        inside = (m < M)[None, :] & ((k + columns) < K)[:, None]
+        inside = (m < M)[None, :] if EVEN else (m < M)[None, :] & ((k + columns) < K)[:, None]
         a = tl.load(at, mask=inside, other=0.0)
         if NORM:
-            squares += tl.sum(a.to(tl.float32) * a.to(tl.float32), 0)
+            # Summed over the tile's columns once, at the end: a sum here is a barrier a turn.
+            squares += a.to(tl.float32) * a.to(tl.float32)
         sums = tl.dot(first.to(DTYPE), a.to(DTYPE), acc=sums)
         if DOUBLE:
             second = load_weights(w2, columns, rows, k, K, N, EVEN)
             sums2 = tl.dot(second.to(DTYPE), a.to(DTYPE), acc=sums2)
+    total = tl.sum(squares, 0)
+    last = 0
+    if SPLIT > 1:
+        own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        mine = partial + program.to(tl.int64) * SCRATCH
+        tl.store(mine + own, sums)
+        if DOUBLE:
+            tl.store(mine + TILE + own, sums2)
+        if NORM:
+            tl.store(mine + (SCRATCH - BLOCK_M) + m, total)
+        # All warps have stored before one of them says so.
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + block, 1, sem="acq_rel") - (SPLIT - 1)
+        if last != 0:
+            return
+        tl.store(arrived + block, 0)
+        mine = partial + (block * SPLIT).to(tl.int64) * SCRATCH
+        sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        sums2 = tl.zeros([BLOCK_N, BLOCK_M] if DOUBLE else [1, 1], tl.float32)
+        total = tl.zeros([BLOCK_M] if NORM else [1], tl.float32)
+        for part in tl.static_range(SPLIT):
+            there = mine + part * SCRATCH
+            sums += tl.load(there + own, cache_modifier=".cg")
+            if DOUBLE:
+                sums2 += tl.load(there + TILE + own, cache_modifier=".cg")
+            if NORM:
+                total += tl.load(there + (SCRATCH - BLOCK_M) + m, cache_modifier=".cg")
     factor = tl.zeros([BLOCK_M], tl.float32) + 1.0
     if NORM:
-        factor = 1.0 / tl.sqrt(squares / K + eps)
+        factor = 1.0 / tl.sqrt(total / K + eps)
     out = (sums * factor[None, :]).to(y.dtype.element_ty).to(tl.float32)
     if DOUBLE:
         up = (sums2 * factor[None, :]).to(y.dtype.element_ty).to(tl.float32)
@@ -135,33 +211,6 @@ def rows_kernel(
     if ADD:
         out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
-
-
-def tile_of(outputs: int, inputs: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps.
-
-    About 8 KiB of bfloat16 a tile and two tiles on their way: with the four or five programs that
-    share an SM of an H100 that is more than bandwidth times latency asks for. Fewer rows where the
-    matrix is small, so that there are two programs an SM; each thread has 16 bytes at least.
-    """
-    columns = min(block_of(inputs), 1024)
-    rows = max(4096 // columns, 1)
-    while rows * columns > 1024 and outputs // rows < 264:
-        rows //= 2
-    return rows, columns, 4
-
-
-def tile_of_rows(outputs: int, block: int, double: bool) -> tuple[int, int, int]:
-    """Rows of W and columns of a program's tile of ``rows_kernel``, and its stages.
-
-    Eight KiB of weights a stage. As many rows as leave a program for each SM of an H100, since x is
-    read once for each program, from the L2 cache.
-    """
-    rows = 64
-    while rows > 16 and outputs // rows < 128:
-        rows //= 2
-    columns = max(4096 // rows // (2 if double else 1), 64)
-    return rows, columns, 5 if block <= 32 else 4
 
 
 class Matrix(NamedTuple):
@@ -201,14 +250,15 @@ def project(
     scaled = weight.scales is not None
     scales = [m.scales if m.scales is not None else x for m in (weight, other)]
     y = x.new_empty(1, outputs) if residual is None else residual
-    rows, columns, warps = tile_of(outputs, inputs)
+    double = second is not None
+    tile = tile_of(outputs, inputs, weight.values.element_size(), double)
     run(
-        projection_kernel, -(-outputs // rows), x, x, x if gate is None else gate, weight.values,
+        projection_kernel, -(-outputs // tile.rows), x, x, x if gate is None else gate, weight.values,
         other.values, *scales, y, y, 0.0 if eps is None else eps,
-        N=outputs, K=inputs, BLOCK_N=rows, BLOCK_K=columns, SCALED=scaled, NORM=eps is not None,
+        N=outputs, K=inputs, BLOCK_N=tile.rows, BLOCK_K=tile.columns, SCALED=scaled, NORM=eps is not None,
         GATED=gate is not None, GATE_ACTIVATION=number_of(gate_activation),
-        DOUBLE=second is not None, ACTIVATION=number_of(activation), ADD=residual is not None,
-        overlap=overlap, num_warps=warps,
+        DOUBLE=double, ACTIVATION=number_of(activation), ADD=residual is not None,
+        AHEAD=tile.ahead, overlap=overlap, num_warps=tile.warps,
     )
     return y
 
@@ -217,28 +267,39 @@ def project_rows(
     x: Tensor,
     weight: Tensor,
     *,
+    arrived: Tensor,
     second: Tensor | None = None,
     residual: Tensor | None = None,
     eps: float | None = None,
     activation: str = "none",
     overlap: bool = False,
+    tile: RowsTile | None = None,
 ) -> Tensor:
     """``project`` of 2 to 64 rows in bfloat16 or float16, [M, N], without a gate.
+
+    Sums are float32 and in a fixed order, whichever program ends last.
 
     Args:
         x: [M, K], contiguous.
         weight, second: [N, K], contiguous.
+        arrived: int32 zeros, one for each 16 outputs; zeros again afterwards. Launches that follow
+            each other may share them.
         residual, eps, activation, overlap: as ``project``'s.
+        tile: overrides ``tile_of_rows``.
     """
     (count, inputs), outputs = x.shape, weight.shape[0]
     y = x.new_empty(count, outputs) if residual is None else residual
-    block = block_of(count)
-    rows, columns, stages = tile_of_rows(outputs, block, second is not None)
+    block, double = block_of(count), second is not None
+    tile = tile or tile_of_rows(outputs, inputs, block, double)
+    programs = -(-outputs // tile.rows) * tile.split
+    size = programs * (tile.rows * block * (2 if double else 1) + block)
+    partial = x.new_empty(size if tile.split > 1 else 0, dtype=torch.float32)
     run(
-        rows_kernel, -(-outputs // rows), x, x, weight, weight if second is None else second, y, y,
-        0.0 if eps is None else eps, count, N=outputs, K=inputs, BLOCK_M=block, BLOCK_N=rows,
-        BLOCK_K=columns, NORM=eps is not None, DOUBLE=second is not None,
-        ACTIVATION=number_of(activation), ADD=residual is not None,
-        DTYPE=arithmetic(x.dtype)["DTYPE"], STAGES=stages, overlap=overlap, num_warps=4,
+        rows_kernel, programs, x, x, weight, weight if second is None else second, y, y, partial,
+        arrived, 0.0 if eps is None else eps, count, N=outputs, K=inputs, BLOCK_M=block,
+        BLOCK_N=tile.rows, BLOCK_K=tile.columns, SPLIT=tile.split, AHEAD=tile.ahead,
+        NORM=eps is not None, DOUBLE=double, ACTIVATION=number_of(activation),
+        ADD=residual is not None, DTYPE=arithmetic(x.dtype)["DTYPE"], STAGES=tile.stages,
+        overlap=overlap, num_warps=tile.warps,
     )
     return y

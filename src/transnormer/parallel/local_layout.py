@@ -1,0 +1,279 @@
+"""Copies of a model that update on their own and meet every tau updates, on the mesh of a run."""
+
+import shutil
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from transnormer.models.random_state import random_state, set_random_state
+from transnormer.optim import Optimizer
+from transnormer.parallel.co2 import OuterSync, automatic_tau
+from transnormer.parallel.layout import Layout
+from transnormer.parallel.mesh import Axes
+from transnormer.parallel.outer_config import OuterReport, OuterTable
+from transnormer.parallel.parallel_config import ParallelConfig
+
+COPIES = "copies"
+# Updates before tau is found from their times, of which the last half counts: the first ones
+# compile and allocate.
+_MEASURED = 12
+
+
+def build_layout(
+    config: ParallelConfig,
+    processes: int,
+    device: torch.device,
+    *,
+    gather_dtype: torch.dtype | None = None,
+) -> Layout:
+    """Lay the started processes out as a [parallel] table says; every process calls it.
+
+    Args:
+        config: the table.
+        processes: that were started.
+        device: of this process.
+        gather_dtype: of ``apply_fsdp``.
+
+    Raises:
+        ValueError: the table does not fit the number of processes.
+    """
+    axes = config.axes(processes)
+    if config.outer is not None:
+        return LocalLayout(axes, device, config, config.outer, gather_dtype=gather_dtype)
+    return Layout(
+        axes,
+        device,
+        exchange=config.sp_exchange,
+        overlap=config.sp_overlap,
+        cut_residual=config.tp_residual == "cut",
+        gather_dtype=gather_dtype,
+    )
+
+
+class LocalLayout(Layout):
+    """A ``Layout`` whose ``dp_replicate`` copies go apart for tau updates, see ``OuterSync``.
+
+    Ranks of a copy share its parameters and sum their gradients as ever; between copies only counts,
+    losses and norms pass in a step, some dozens of bytes. A copy's gradient is divided by its own
+    labels and clipped by its own norm; reported are the loss over all labels and the root mean square
+    of the copies' norms.
+
+    Evaluated and exported is where the copies would meet now, see ``OuterSync.averaged``. A checkpoint
+    holds it with the optimizer's state of the first copy, and beside it each rank's own parameters,
+    optimizer, random numbers and outer state, from which the same layout goes on exactly. Another
+    layout begins a first round there.
+    """
+
+    def __init__(
+        self,
+        axes: Axes,
+        device: torch.device,
+        config: ParallelConfig,
+        table: OuterTable,
+        *,
+        gather_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Lay the started processes out; every process calls it.
+
+        Args:
+            axes: how many ranks along which axis.
+            device: of this process.
+            config: how states are exchanged, and what lies between shared layers.
+            table: the outer step.
+            gather_dtype: of ``apply_fsdp``.
+        """
+        super().__init__(
+            axes,
+            device,
+            exchange=config.sp_exchange,
+            overlap=config.sp_overlap,
+            cut_residual=config.tp_residual == "cut",
+            gather_dtype=gather_dtype,
+        )
+        self._table = table
+        ranks = axes.ranks // axes.dp_replicate
+        self._copy = dist.get_rank() // ranks
+        # Groups of their own: what waits in one of the mesh's would wait for the outer all-reduce.
+        starts = range(0, axes.ranks, ranks)
+        self._workers = _own_group([[start + i for start in starts] for i in range(ranks)])
+        self._shards = _own_group([list(range(start, start + ranks)) for start in starts])
+        self._outer: OuterSync | None = None
+        self._times: deque[float] = deque(maxlen=_MEASURED // 2)
+        self._last = 0.0
+        self._note: str | None = None
+
+    def _fsdp_mesh(self) -> DeviceMesh | None:
+        return None if self._shards is None else self._meshes.parameters["fsdp"]
+
+    def summed(self, values: Tensor, total: Tensor) -> Tensor:
+        """Return values, float64 [n], summed over the processes of this copy."""
+        slots = values.new_zeros(self._axes.dp_replicate, values.numel())
+        slots[self._copy] = values
+        return self.total(slots.reshape(-1)).view_as(slots)[self._copy]
+
+    def overall_norm(self, norm: Tensor) -> Tensor:
+        """Return the root mean square of the copies' norms."""
+        squares = norm.detach().to(torch.float64).square().reshape(1)
+        return (self.total(squares) / self.world_size).sqrt()
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Before the first update, take the parameters for the start of round 0."""
+        if self._outer is None:
+            self._outer = self._begin(model)
+
+    def _begin(self, model: nn.Module) -> OuterSync:
+        _reshard(model)
+        tau = self._table.tau
+        # Until it is found, a first round of as many updates as finding it takes.
+        config = self._table.config(_MEASURED if tau == "auto" else tau)
+        outer = OuterSync(model.parameters(), config, self._workers, self._shards)
+        self._last = time.perf_counter()
+        return outer
+
+    def outer_step(self, model: nn.Module, lr: float) -> OuterReport | None:
+        """Count an update of rate lr; at the end of a round make the outer step."""
+        outer = self._outer
+        assert outer is not None
+        now = time.perf_counter()
+        self._times.append(now - self._last)
+        if self._table.tau == "auto" and outer.round == 0 and outer.updates == _MEASURED - 1:
+            self._find_tau(outer)
+            now = time.perf_counter()
+        self._last = now
+        _reshard(model)
+        report = outer.after_update(lr)
+        if report is not None:
+            report, self._note = report._replace(note=self._note), None
+        return report
+
+    def _find_tau(self, outer: OuterSync) -> None:
+        update = statistics.median(self._times)
+        reduce = outer.all_reduce_seconds()
+        # The slowest link and the fastest copy decide.
+        outer.tau = self.highest(automatic_tau(reduce, update))
+        self._note = (
+            f"parallel.outer.tau is {outer.tau}: an all-reduce took {1e3 * reduce:.3g} ms here, an "
+            f"update {1e3 * update:.3g} ms"
+        )
+
+    @contextmanager
+    def agreed(self, model: nn.Module) -> Iterator[None]:
+        """Let the parameters be where the copies would meet now, and then what they were."""
+        if self._outer is None:
+            yield
+            return
+        _reshard(model)
+        try:
+            with self._outer.averaged():
+                yield
+        finally:
+            # What a forward pass gathered of the mean.
+            _reshard(model)
+
+    def whole(
+        self, model: nn.Module, optimizer: Optimizer
+    ) -> tuple[nn.Module, dict[str, Tensor]] | None:
+        """What is exported and the optimizer's state of the first copy, on the first process."""
+        with self.agreed(model):
+            return super().whole(model, optimizer)
+
+    def write_own(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> Path | None:
+        """Write this rank's parameters, optimizer, random numbers and outer state."""
+        target = folder / f".{COPIES}"
+
+        def clear() -> None:
+            # What a killed run left, perhaps of more ranks.
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+
+        self.from_first(clear)
+        error: Exception | None = None
+        try:
+            tensors = self._own_tensors(model, optimizer)
+            save_file(tensors, target / _file(dist.get_rank()))
+        except (OSError, SafetensorError) as caught:
+            error = caught
+        # Nobody goes on, and the first does not complete the checkpoint, unless all have written.
+        if self.highest(error is not None):
+            raise RuntimeError(
+                f"the copies' part of a checkpoint cannot be written: {error or 'on another rank'}; "
+                f"expected room in {folder}; free space and continue with --resume"
+            ) from error
+        return target
+
+    def _own_tensors(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        if self._outer is None:
+            self._outer = self._begin(model)
+        _reshard(model)
+        parts = {
+            "outer": self._outer.state_tensors(),
+            "random": random_state(),
+            "model": dict(model.named_parameters()),
+            "optimizer": optimizer.state_tensors(),
+        }
+        named = {
+            f"{part}/{name}": _local(x).detach().cpu().contiguous()
+            for part, tensors in parts.items()
+            for name, x in tensors.items()
+        }
+        return named | {"axes": torch.tensor(self._axes)}
+
+    def read_own(self, model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> str | None:
+        """Restore this rank's state where the checkpoint is of the same layout."""
+        file = checkpoint / COPIES / _file(dist.get_rank())
+        tensors = load_file(file) if file.is_file() else {}
+        same = bool(tensors) and tensors["axes"].tolist() == list(self._axes)
+        if self.highest(not same):
+            return "the copies were not laid out so: they begin a round from their mean"
+        self._outer = self._begin(model)
+        live = {
+            "model": dict(model.named_parameters()),
+            "optimizer": optimizer.state_tensors(),
+        }
+        with torch.no_grad():
+            for part, here in live.items():
+                for name, x in here.items():
+                    _local(x).copy_(tensors[f"{part}/{name}"])
+        self._outer.load_state_tensors(_part(tensors, "outer/"))
+        if self._table.tau != "auto":
+            self._outer.tau = self._table.tau
+        set_random_state(_part(tensors, "random/"))
+        return None
+
+
+def _own_group(lists: list[list[int]]) -> dist.ProcessGroup | None:
+    """Of the lists of ranks a group each; this rank's, None where it is alone."""
+    group, _ = dist.new_subgroups_by_enumeration(lists)
+    assert isinstance(group, dist.ProcessGroup)
+    return group if len(lists[0]) > 1 else None
+
+
+def _file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let every rank hold its shares alone: gathered parameters would not see a change of them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,62 @@
+"""Checkpoints written beside the training: one at a time, and no error of theirs is lost."""
+
+import sys
+import threading
+from collections.abc import Callable
+
+from transnormer.train.sync import GradSync
+
+
+class Saver:
+    """Runs the writing of a checkpoint in a thread of its own.
+
+    All processes start the same writings, and learn together, between two steps, that one has ended
+    or failed. ``drain`` waits for it; it is called before the next one, at the end of a run and
+    before a signal ends it.
+    """
+
+    def __init__(self, sync: GradSync) -> None:
+        """Nothing is under way."""
+        self._sync = sync
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Begin a writing; the one before must have been drained."""
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._error = error
+
+        # A daemon, so that the interpreter does not wait for it either where ``close`` does not.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raise on all processes the error of a writing that has ended on all of them."""
+        thread = self._thread
+        if thread is not None and not self._sync.highest(thread.is_alive()):
+            self.drain()
+
+    def drain(self) -> None:
+        """Wait for the writing under way, and raise its error."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Wait for the writing under way after another error; its own is then not raised.
+
+        A process that is told to end at once does not wait: what is half written is no checkpoint.
+        """
+        kind = sys.exc_info()[0]
+        if self._thread is not None and (kind is None or issubclass(kind, Exception)):
+            self._thread.join()
+        self._thread = None

@@ -1,0 +1,101 @@
+"""Checkpoints of one process, written beside the training."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_cases import Crash, CrashAt, Notes, assert_same_checkpoint, tiny_run
+
+from transnormer.train import StepReport, checkpoints, run_training
+from transnormer.train.checkpoints import list_checkpoints, step_path, what_is_wrong
+
+
+class Gate(Notes):
+    """Opens when a step has been done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.at, self.open = step, threading.Event()
+
+    def step(self, report: StepReport, steps: int) -> None:
+        super().step(report, steps)
+        if report.step >= self.at:
+            self.open.set()
+
+
+def test_a_checkpoint_is_of_its_own_step_however_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = ("train.save_every=2", "train.keep_last=0")
+    waiting = tiny_run(tmp_path, *every, "train.save_async=false", f"output.dir={tmp_path / 'a'}")
+    run_training(waiting)
+    gate, write = Gate(4), checkpoints.write_checkpoint
+
+    def late(*args: Any, **options: Any) -> Path:
+        assert gate.open.wait(60)
+        return write(*args, **options)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", late)
+    result = run_training(tiny_run(tmp_path, *every), progress=gate)
+    assert [what_is_wrong(path) for path in list_checkpoints(result.run_dir)] == [None] * 3
+    for step in (2, 4, 6):
+        assert_same_checkpoint(step_path(tmp_path / "a", step), step_path(result.run_dir, step))
+
+
+def test_an_error_beside_the_training_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoints.write_checkpoint
+
+    def full(run_dir: Path, staged: Any, contents: Any, **options: Any) -> Path:
+        if contents.counters.step == 4:
+            raise RuntimeError("the disk is full")
+        return write(run_dir, staged, contents, **options)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full)
+    notes = Notes()
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        run_training(tiny_run(tmp_path, "train.save_every=2"), progress=notes)
+    # At the end of the step after it, or where the next checkpoint waits for it.
+    assert 5 <= len(notes.steps) <= 6
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000002"]
+
+
+def test_another_error_does_not_cut_a_checkpoint_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash, write = CrashAt(3), checkpoints.write_checkpoint
+
+    def late(*args: Any, **options: Any) -> Path:
+        threading.Event().wait(0.5)
+        return write(*args, **options)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", late)
+    with pytest.raises(Crash):
+        run_training(tiny_run(tmp_path, "train.save_every=2"), progress=crash)
+    assert what_is_wrong(step_path(tmp_path / "run", 2)) is None
+
+
+def test_a_second_signal_does_not_wait_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, write = threading.Event(), checkpoints.write_checkpoint
+
+    def stuck(*args: Any, **options: Any) -> Path:
+        assert release.wait(60)
+        return write(*args, **options)
+
+    class Interrupt(Notes):
+        def step(self, report: StepReport, steps: int) -> None:
+            if report.step == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", stuck)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tiny_run(tmp_path, "train.save_every=2"), progress=Interrupt())
+    assert list_checkpoints(tmp_path / "run") == []
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
