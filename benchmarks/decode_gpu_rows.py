@@ -167,7 +167,7 @@ def decode(
     ]
     for i, context in enumerate(contexts):
         mean = statistics.mean(turn[i] for turn in took)
-        row = {
+        row: dict[str, Any] = {
             "context": context,
             "tokens_per_second": batch / mean,
             "ms_per_step": 1e3 * mean,
