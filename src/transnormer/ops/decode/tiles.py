@@ -48,7 +48,7 @@ class RowsTile(NamedTuple):
 
 
 # What was measured to be best; other shapes take the rules. By outputs, inputs, rows of the batch (a
-# power of two of 16 at least) or bits of a weight for a single row, and whether there are two matrices.
+# power of two of 16 at least) or, for a single row, bits of a weight, and whether two are multiplied.
 MEASURED: dict[tuple[int, int, int, bool], RowsTile] = {}
 MEASURED_ROW: dict[tuple[int, int, int, bool], RowTile] = {}
 
