@@ -21,6 +21,8 @@ IMAGE = Path(__file__).parents[1] / "docs" / "images" / "train_speed.png"
 SERIES = (
     ("tnl", "TransNormerLLM, transnormer", "#1b9e77", "o"),
     ("llama", "LLaMA, transnormer (cuDNN attention)", "#d95f02", "^"),
+    ("released_lightning2", "TransNormerLLM, authors' code, Lightning Attention-2", "#e7298a", "v"),
+    ("released", "TransNormerLLM, authors' code", "#66a61e", "<"),
     ("hf_llama", "LLaMA, transformers (SDPA)", "#7570b3", "D"),
     ("hf_llama_compiled", "LLaMA, transformers, torch.compile", "#999999", "s"),
 )

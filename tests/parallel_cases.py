@@ -247,7 +247,7 @@ def train(
         sync.after_backward(model)
         norms.append(sync.total_norm(model).detach())
         sync.clip(model, optimizer_config.clip, norms[-1])
-        losses.append((sync.total(nats) / count)[0])
+        losses.append((sync.total(nats) / count.item())[0])
         optimizer.set_lr(optimizer_config.lr)
         optimizer.step()
         optimizer.zero_grad()

@@ -10,6 +10,7 @@ import os
 import pickle
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from transnormer.parallel import mesh
+
 SIZES = (1, 2, 3, 4, 8)
 _IMPORTS = ["transnormer.parallel.layout", "transnormer.train", "torch.distributed.tensor.parallel"]
 # The longest call of a test.
 _PATIENCE = 100.0
+
+
+class _Groups:
+    """Hands out the groups and meshes of earlier calls again.
+
+    A gloo group keeps threads of its own for as long as its process lives, and every layout makes
+    several; after some hundred tests thousands of them would compete for the processors.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+        self._asked: Counter[str] = Counter()
+        makers = ((mesh, "init_device_mesh"), (dist, "new_group"))
+        for place, name in (*makers, (dist, "new_subgroups_by_enumeration")):
+            setattr(place, name, self._remembered(getattr(place, name)))
+
+    def begin(self) -> None:
+        """A call begins: what it asks for twice is made twice."""
+        self._asked.clear()
+
+    def _remembered(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        def give(*args: Any, **kwargs: Any) -> Any:
+            asked = f"{make.__name__}{args}{sorted(kwargs.items())}"
+            key = f"{asked} {self._asked[asked]}"
+            self._asked[asked] += 1
+            if key not in self._made:
+                self._made[key] = make(*args, **kwargs)
+            return self._made[key]
+
+        return give
 
 
 def _serve(rank: int, size: int, store: str, pipe: Any, backend: str) -> None:
@@ -35,10 +68,12 @@ def _serve(rank: int, size: int, store: str, pipe: Any, backend: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = True
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     groups = {n: dist.new_group(list(range(n))) for n in SIZES if n <= size}
+    shared = _Groups()
     # Bytes: a pipe's own pickling shares memory of tensors, which ends with the process.
     while (call := pickle.loads(pipe.recv_bytes())) is not None:
         function, count, args = call
         torch.manual_seed(0)
+        shared.begin()
         try:
             answer = (True, function(groups[count], *args))
         except Exception:
@@ -94,7 +129,6 @@ class Ranks:
             ready: Any = multiprocessing.connection.wait(waiting, 1.0 if failures else left)
             if not ready:
                 failures.append(f"ranks {sorted(waiting.values())} did not answer")
-                self.close()
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)
@@ -102,6 +136,8 @@ class Ranks:
                 if not good:
                     failures.append(f"rank {rank}: {results[rank]}")
         if failures:
+            # Ranks of a call that failed on one may be left in the middle of an exchange.
+            self.close()
             raise AssertionError("\n".join(failures))
         return results
 

@@ -213,8 +213,8 @@ def write_config(model: nn.Module, directory: Path, tokenizer_fingerprint: str |
 
 def add_hashes(directory: Path) -> None:
     """Put the SHA-256 of each weight file into a config.json that lacks them, as ``load`` wants."""
-    if hashes := tensor_files.hashes(directory):
-        raw = {**files.read_json(directory / CONFIG), "weights": hashes}
+    if found := tensor_files.hashes(directory):
+        raw = {**files.read_json(directory / CONFIG), "weights": found}
         files.write_json(raw, directory / CONFIG)
 
 

@@ -208,18 +208,22 @@ class SegmentedDecoder(Decoder):
 
     wave: SegmentWave
 
-    def gather_parameters(self) -> None:
-        """Hold all parameters whole from now on, see ``fsdp.hold_whole``."""
+    # FSDP's hooks on a GPU want an argument to move there, so both methods have one.
+
+    def gather_parameters(self, like: Tensor) -> None:
+        """Hold all parameters whole from now on, see ``fsdp.hold_whole``; like: any of the inputs."""
         hold_whole(self)
 
-    def share_gradients(self) -> Tensor:
+    def share_gradients(self, like: Tensor) -> Tensor:
         """0, whose backward pass sums the gradients of all segments over the ranks that share them.
+
+        It lies where ``like`` does.
 
         A pass of its own: the sum is one of all ranks at a time, and each is at another layer while
         the wave runs.
         """
         share_out(self)
-        return torch.zeros((), device=self.embedding.weight.device, requires_grad=True).clone()
+        return torch.zeros((), device=like.device, requires_grad=True).clone()
 
     def read_turn(
         self,
@@ -263,7 +267,7 @@ class SegmentedDecoder(Decoder):
             )
         tokens = min(segment_tokens, seq // wave.chain.size)
         segments = plan_segments(self, input_ids, labels, tokens, cu_seqlens)
-        self.gather_parameters()
+        self.gather_parameters(input_ids)
         total = torch.zeros((), dtype=torch.float64, device=input_ids.device)
         try:
             starts, after = self._first_pass(input_ids, segments, context)
@@ -280,7 +284,7 @@ class SegmentedDecoder(Decoder):
                 (loss / divisor).backward()
                 total += loss.detach()
             wave.finish()
-            self.share_gradients().backward()
+            self.share_gradients(input_ids).backward()
         finally:
             wave.turn = None
         if after is not None:

@@ -49,8 +49,42 @@ class RowsTile(NamedTuple):
 
 # What was measured to be best; other shapes take the rules. By outputs, inputs, rows of the batch (a
 # power of two of 16 at least) or, for a single row, bits of a weight, and whether two are multiplied.
-MEASURED: dict[tuple[int, int, int, bool], RowsTile] = {}
-MEASURED_ROW: dict[tuple[int, int, int, bool], RowTile] = {}
+MEASURED: dict[tuple[int, int, int, bool], RowsTile] = {
+    (8192, 2048, 32, False): RowsTile(64, 128, 2, 4, 4, 256),
+    (2048, 2048, 32, False): RowsTile(64, 128, 8, 4, 4, 256),
+    (5632, 2048, 32, True): RowsTile(64, 128, 1, 4, 4, 512),
+    (2048, 5632, 32, False): RowsTile(64, 128, 4, 4, 4, 0),
+    (4096, 1024, 32, False): RowsTile(64, 128, 2, 4, 4, 512),
+    (1024, 1024, 32, False): RowsTile(64, 128, 4, 4, 4, 256),
+    (2816, 1024, 32, True): RowsTile(64, 64, 2, 6, 4, 512),
+    (1024, 2816, 32, False): RowsTile(32, 128, 11, 4, 4, 256),
+    (16384, 4096, 32, False): RowsTile(64, 128, 1, 4, 4, 256),
+    (4096, 4096, 32, False): RowsTile(64, 128, 4, 4, 4, 0),
+    (11008, 4096, 32, True): RowsTile(64, 128, 1, 4, 4, 256),
+    (4096, 11008, 32, False): RowsTile(64, 128, 2, 4, 4, 0),
+}
+MEASURED_ROW: dict[tuple[int, int, int, bool], RowTile] = {
+    (16384, 4096, 4, False): RowTile(8, 512, 4, 0),
+    (4096, 4096, 4, False): RowTile(16, 512, 4, 0),
+    (11008, 4096, 4, True): RowTile(4, 512, 4, 0),
+    (4096, 11008, 4, False): RowTile(8, 512, 4, 0),
+    (16384, 4096, 8, False): RowTile(4, 1024, 4, 2048),
+    (4096, 4096, 8, False): RowTile(16, 1024, 4, 2048),
+    (11008, 4096, 8, True): RowTile(4, 1024, 4, 4096),
+    (4096, 11008, 8, False): RowTile(8, 1024, 4, 2048),
+    (8192, 2048, 16, False): RowTile(2, 1024, 4, 0),
+    (2048, 2048, 16, False): RowTile(8, 1024, 4, 2048),
+    (5632, 2048, 16, True): RowTile(2, 1024, 4, 0),
+    (2048, 5632, 16, False): RowTile(8, 1024, 4, 2048),
+    (4096, 1024, 16, False): RowTile(4, 1024, 4, 0),
+    (1024, 1024, 16, False): RowTile(4, 1024, 4, 1024),
+    (2816, 1024, 16, True): RowTile(4, 1024, 4, 0),
+    (1024, 2816, 16, False): RowTile(2, 1024, 4, 2048),
+    (16384, 4096, 16, False): RowTile(2, 1024, 4, 2048),
+    (4096, 4096, 16, False): RowTile(4, 1024, 4, 0),
+    (11008, 4096, 16, True): RowTile(2, 1024, 4, 2048),
+    (4096, 11008, 16, False): RowTile(8, 1024, 4, 2048),
+}
 
 
 def tile_of(outputs: int, inputs: int, size: int, double: bool) -> RowTile:
