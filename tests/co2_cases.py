@@ -14,6 +14,7 @@ from train_cases import Notes, constant_evaluation
 from transnormer.models import zoo
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.optim import OptimizerConfig, build_optimizer
+from transnormer.optim.rounded_adamw import round_stochastically
 from transnormer.parallel import local_layout
 from transnormer.parallel.co2 import OuterSync
 from transnormer.parallel.fsdp import apply_fsdp
@@ -67,6 +68,19 @@ def on_ranks(
         outer.after_update(RATE)
         seen.append(torch.cat([p.detach().clone() for p in x]))
     return seen
+
+
+def small_moves(group: dist.ProcessGroup, config: OuterConfig, updates: int) -> float:
+    """How far bfloat16 parameters have moved on average, after updates of 0.1 last places each."""
+    place = 2.0**-7
+    x = torch.full([4096], 1.25, dtype=torch.bfloat16, requires_grad=True)
+    torch.manual_seed(dist.get_rank(group))
+    outer = OuterSync([x], config, group)
+    for _ in range(updates):
+        with torch.no_grad():
+            x.copy_(round_stochastically(x.float() + 0.1 * place))
+        outer.after_update(RATE)
+    return float((x.detach().double() - 1.25).mean()) / place
 
 
 def serial(config: OuterConfig, workers: int, updates: int, dtype: torch.dtype) -> list[Any]:

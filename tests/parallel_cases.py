@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from train_cases import Notes, constant_evaluation
 
+from transnormer.eval.perplexity import score_tokens
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.recompute import Checkpointing, set_checkpointing
 from transnormer.nn.core import LinearAttentionCore
@@ -293,3 +294,9 @@ def logits_on_ranks(group: dist.ProcessGroup, model: Decoder, ids: Tensor) -> Te
     layout = Layout(Axes(tp=dist.get_world_size(group)), torch.device("cpu"))
     with torch.no_grad():
         return layout.wrap(copy.deepcopy(model))(ids).logits
+
+
+def scored_on_ranks(group: dist.ProcessGroup, model: Decoder, ids: list[int]) -> float:
+    """Nats of a document by a model whose parameters are shared among all ranks."""
+    layout = Layout(Axes(dp_shard=dist.get_world_size(group)), torch.device("cpu"))
+    return score_tokens(layout.wrap(model), [ids], first_id=0)[0].nats

@@ -132,7 +132,10 @@ class Ranks:
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)
-                good, results[rank] = pickle.loads(pipe.recv_bytes())
+                try:
+                    good, results[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    good, results[rank] = False, "the process has ended"
                 if not good:
                     failures.append(f"rank {rank}: {results[rank]}")
         if failures:

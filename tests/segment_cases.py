@@ -1,6 +1,8 @@
 """What the ranks of the tests of training in segments compute."""
 
 import copy
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from transnormer.models.decoder import Decoder
 from transnormer.models.recompute import Checkpointing, set_checkpointing
+from transnormer.models.segments import Context
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.mesh import Axes
 from transnormer.parallel.segment_wave import apply_segments
@@ -34,18 +37,26 @@ def whole(model: Decoder, batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"loss": loss.detach()} | _gradients(model)
 
 
+def half() -> torch.autocast:
+    """What a run in bfloat16 enters around every forward pass."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def in_segments(
     group: dist.ProcessGroup,
     model: Decoder,
     batch: dict[str, Any],
     tokens: int,
     checkpointing: Checkpointing = "none",
+    context: Context = nullcontext,
 ) -> dict[str, Tensor]:
     """The same of the segments of all ranks, with parameters that each of them holds."""
     model = copy.deepcopy(model)
     set_checkpointing(model, checkpointing)
     model = apply_segments(model, Chain(group, dist.get_rank(group), dist.get_world_size(group)))
-    loss = model.backward_in_segments(**batch, segment_tokens=tokens, divisor=DIVISOR)
+    loss = model.backward_in_segments(
+        **batch, segment_tokens=tokens, divisor=DIVISOR, context=context
+    )
     found = _gradients(model)
     for grad in found.values():
         dist.all_reduce(grad, group=group)
@@ -67,3 +78,11 @@ def laid_out(
     again = model.loss(**batch, reduction="sum")
     again.backward()
     return {"loss": layout.total(total)[0], "again": again.detach()} | found
+
+
+def warned(group: dist.ProcessGroup, model: Decoder, batch: dict[str, Any]) -> list[str]:
+    """What warnings say while shared parameters are trained in segments."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        laid_out(group, model, batch, Axes(sp=4), 8)
+    return [str(warning.message) for warning in seen]

@@ -233,3 +233,9 @@ GPU_GRAPH = 5e-3
 # (KERNEL_OUTPUT, KERNEL_GRADIENT), and for 16-bit inputs one rounding each of silu(q), silu(k), o and
 # their gradients (bfloat16: 4.4e-3 and 5.1e-3 seen).
 JOINT_ATTENTION = {torch.bfloat16: 8e-3, torch.float32: KERNEL_GRADIENT[torch.float32]}
+# Gradients of segments on two ranks beside one, float32 parameters under bfloat16 autocast: parts of a
+# parameter's gradient are added in another order.
+SEGMENTS_BFLOAT16 = 1e-2
+# Where 4,096 parameters have moved on average in 40 updates of 0.1 last places that are rounded at random:
+# a deviation of some 2 places each, over 64.
+ROUNDED_MOVES = 0.06

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from decoder_cases import VOCAB, make_ids, make_model, tnl_config
 from tolerances import EPS
+from torch import Tensor
 
 from transnormer.data import ByteTokenizer
 from transnormer.eval.perplexity import score_texts, score_tokens
@@ -60,6 +61,18 @@ def test_progress_counts_every_token(model: Decoder) -> None:
     seen: list[int] = []
     score_tokens(model, documents(), first_id=0, rows=2, chunk=4, progress=seen.append)
     assert sum(seen) == 80
+
+
+def test_a_chunk_of_all_rows_is_one_call_of_the_model(model: Decoder) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def watch(module: Decoder, arguments: tuple[Tensor, ...]) -> None:
+        shapes.append(tuple(arguments[0].shape))
+
+    with model.register_forward_pre_hook(watch):
+        score_tokens(model, documents(), first_id=0, rows=8, chunk=20)
+        score_tokens(model, [[1, 2, 3]] * 16, first_id=0, rows=16)
+    assert shapes == [(5, 20), (2, 10), (16, 3)]
 
 
 def test_the_mode_comes_back(model: Decoder) -> None:

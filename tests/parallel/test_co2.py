@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from co2_cases import on_ranks, on_shards, serial, settled, with_a_straggler
+from co2_cases import on_ranks, on_shards, serial, settled, small_moves, with_a_straggler
 from ranks import Ranks
-from tolerances import LAYOUT_FLOAT64, assert_close
+from tolerances import LAYOUT_FLOAT64, ROUNDED_MOVES, assert_close
 
 from transnormer.parallel.co2 import automatic_tau
 from transnormer.parallel.outer_config import Method, OuterConfig
@@ -54,6 +54,11 @@ def test_one_update_a_round_is_data_parallel_sgd(ranks: Ranks) -> None:
     config = OuterConfig(tau=1)
     found = ranks.run(2, on_ranks, config, 6, torch.float64, False)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_parameters_of_16_bits_keep_moves_smaller_than_their_last_place(ranks: Ranks) -> None:
+    for moved in ranks.run(2, small_moves, OuterConfig(tau=2), 40):
+        assert moved == pytest.approx(0.1 * 40, rel=ROUNDED_MOVES)
 
 
 def test_the_clip_clips(ranks: Ranks) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_cases import logits_on_ranks, train
+from parallel_cases import logits_on_ranks, scored_on_ranks, train
 from ranks import Ranks
 from tolerances import LAYOUT_FLOAT64, assert_close
 
+from transnormer.eval.perplexity import score_tokens
 from transnormer.models import zoo
 from transnormer.models.decoder import BlockConfig, Decoder, DecoderConfig
 from transnormer.nn.channel_mixers import FfnConfig, GluConfig
@@ -98,3 +99,14 @@ def test_logits_on_ranks_are_those_of_one_process(ranks: Ranks) -> None:
 def test_axes_that_do_not_fit_the_processes_are_refused(ranks: Ranks) -> None:
     with pytest.raises(AssertionError, match="6 ranks; expected as many as the 4 processes"):
         ranks.run(4, train, CONFIG, Axes(dp_shard=3, sp=2), None, range(1), ADAMW)
+
+
+def test_a_model_whose_parameters_are_shared_is_scored_as_one_process_scores_it(
+    ranks: Ranks,
+) -> None:
+    config = zoo.tnl_custom(vocab_size=23, model_dim=16, num_layers=2, heads=4, glu_dim=12)
+    torch.manual_seed(0)
+    model, ids = Decoder(config).double(), list(range(1, 20))
+    exact = score_tokens(model, [ids], first_id=0)[0].nats
+    for found in ranks.run(4, scored_on_ranks, model, ids):
+        assert found == pytest.approx(exact, rel=LAYOUT_FLOAT64)

@@ -9,8 +9,8 @@ import torch
 from nn.mixer_cases import CASES, MixerCase, ids_of
 from parallel_cases import run_in_layout
 from ranks import Ranks
-from segment_cases import in_segments, laid_out, whole
-from tolerances import RELAID_LOSS, SEGMENTS, assert_close
+from segment_cases import half, in_segments, laid_out, warned, whole
+from tolerances import RELAID_LOSS, SEGMENTS, SEGMENTS_BFLOAT16, assert_close
 from train_cases import tiny_run
 
 from transnormer.models.decoder import Decoder
@@ -70,6 +70,15 @@ def test_blocks_that_are_computed_again_pass_their_states_once(ranks: Ranks) -> 
     compare(ranks.run(2, in_segments, model, batch, 8, "full"), whole(model, batch))
 
 
+@pytest.mark.parametrize("name", ["diag_attention-transnormer", "gau"])
+def test_states_of_16_bits_arrive_as_they_were_sent(ranks: Ranks, name: str) -> None:
+    model = next(case for case in CASES if case.name == name).model(torch.float32).train()
+    batch = batch_of(packed=False)
+    one, two = (ranks.run(n, in_segments, model, batch, 8, "none", half)[0] for n in (1, 2))
+    for key, expected in one.items():
+        assert_close(two[key], expected, limit=SEGMENTS_BFLOAT16, name=key)
+
+
 @pytest.mark.parametrize(
     "axes",
     [Axes(sp=4), Axes(dp_shard=2, sp=2), Axes(dp_shard=4), Axes(dp_replicate=2, sp=2)],
@@ -80,6 +89,11 @@ def test_shared_parameters_get_the_gradients_of_one_process(ranks: Ranks, axes: 
     exact = whole(model, batch)
     results = ranks.run(4, laid_out, model, batch, axes, 8)
     compare(results, exact | {"again": exact["loss"]})
+
+
+def test_states_that_are_views_are_not_warned_of(ranks: Ranks) -> None:
+    batch = batch_of(packed=False)
+    assert not any("view" in text for text in ranks.run(4, warned, lightning(), batch)[0])
 
 
 def test_a_run_in_segments_is_that_of_one_process(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,14 +1,25 @@
 """Checkpoints of one process, written beside the training."""
 
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from train_cases import Crash, CrashAt, Notes, assert_same_checkpoint, tiny_run
 
+from transnormer.data.tokenizers import ByteTokenizer
 from transnormer.train import StepReport, checkpoints, run_training
-from transnormer.train.checkpoints import list_checkpoints, step_path, what_is_wrong
+from transnormer.train.checkpoints import (
+    Contents,
+    find_checkpoint,
+    list_checkpoints,
+    read_counters,
+    step_path,
+    what_is_wrong,
+    write_checkpoint,
+)
 
 
 class Gate(Notes):
@@ -41,6 +52,36 @@ def test_a_checkpoint_is_of_its_own_step_however_long_it_takes(
     assert [what_is_wrong(path) for path in list_checkpoints(result.run_dir)] == [None] * 3
     for step in (2, 4, 6):
         assert_same_checkpoint(step_path(tmp_path / "a", step), step_path(result.run_dir, step))
+
+
+def test_a_step_that_is_written_again_is_there_while_the_old_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, "train.steps=2", "train.eval_every=0")
+    run = run_training(config).run_dir
+    found, remove = [], shutil.rmtree
+
+    def look(path: Path, *args: Any, **options: Any) -> None:
+        found.append(find_checkpoint(run).path)
+        remove(path, *args, **options)
+
+    class Again(NamedTuple):
+        """The weights of the first time."""
+
+        source: Path
+
+        def write(self, folder: Path, *, tokenizer_fingerprint: str | None) -> None:
+            shutil.copy(self.source / "model.safetensors", folder)
+
+        def from_first(self, make: Callable[[], Any]) -> Any:
+            return make()
+
+    path = step_path(run, 2)
+    shutil.copytree(path, tmp_path / "first")
+    contents = Contents(read_counters(path), ByteTokenizer(), {}, None, None)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", look)
+    write_checkpoint(run, Again(tmp_path / "first"), contents, keep_last=0)
+    assert found == [path]
 
 
 def test_an_error_beside_the_training_ends_it(

@@ -6,8 +6,10 @@ one from a begin-of-text token, so that every byte of the text is scored exactly
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,21 +89,20 @@ def score_tokens(
             )
     if chunk is None:
         chunk = max(1, min(_LONGEST_CHUNK, _LOGITS // (rows * model.config.vocab_size)))
-    scores: list[Score | None] = [None] * len(documents)
     # Documents of similar length share a batch: the shorter ones leave it when they end.
     order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
     training = model.training
     model.eval()
     try:
-        for group in _groups(order, rows):
-            nats = _score_group(
-                model, [documents[index] for index in group], first_id, chunk, progress
-            )
-            for index, value in zip(group, nats.tolist(), strict=True):
-                scores[index] = Score(value, len(documents[index]))
+        found = [
+            _score_group(model, [documents[index] for index in group], first_id, chunk, progress)
+            for group in _groups(order, rows)
+        ]
     finally:
         model.train(training)
-    return [score for score in scores if score is not None]
+    # Read once, at the end: a GPU has its next batches in line while it works.
+    nats = dict(zip(order, torch.cat(found).tolist() if found else [], strict=True))
+    return [Score(nats[index], len(ids)) for index, ids in enumerate(documents)]
 
 
 def score_texts(
@@ -155,30 +156,36 @@ def _score_group(
     chunk: int,
     progress: Callable[[int], None] | None,
 ) -> Tensor:
-    """Nats of each document, float64 [rows]; documents come longest first."""
+    """Nats of each document, float64 [rows] on the model's device; documents come longest first."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(ids) for ids in documents])
     longest = int(lengths[0])
     padded = torch.full((len(documents), longest + 1), first_id)
-    for row, ids in enumerate(documents):
-        padded[row, 1 : len(ids) + 1] = torch.as_tensor(ids)
-    nats = torch.zeros(len(documents), dtype=torch.float64)
+    flat = np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=int(lengths.sum()))
+    padded[:, 1:][torch.arange(longest) < lengths[:, None]] = torch.from_numpy(flat)
+    ids, ends = _sent(padded, device), _sent(lengths[:, None], device)
+    places = torch.arange(longest, device=device)
+    nats = torch.zeros(len(documents), dtype=torch.float64, device=device)
     state: DecoderState | None = None
     for start in range(0, longest, chunk):
         stop = min(start + chunk, longest)
         active = int((lengths > start).sum())
         if state is not None and active < len(state.positions):
             state = state.select(range(active))
-        real = torch.arange(start, stop) < lengths[:active, None]
-        inputs = padded[:active, start:stop].to(device)
-        labels = padded[:active, start + 1 : stop + 1].to(device)
+        inputs, labels = ids[:active, start:stop], ids[:active, start + 1 : stop + 1]
         # A row leaves the batch after the chunk in which its document ends: pads are read by states
-        # that nobody reads again, so no mask is needed.
+        # that nobody reads again, so no mask is needed. By a call of the model: one that is shared
+        # out over processes is gathered by it.
         logits, state = model(inputs, state=state)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        losses = losses.view(labels.shape).cpu().double().masked_fill(~real, 0.0)
-        nats[:active] += losses.sum(1)
+        beyond = places[start:stop] >= ends[:active]
+        nats[:active] += losses.view(labels.shape).double().masked_fill(beyond, 0.0).sum(1)
         if progress is not None:
-            progress(int(real.sum()))
+            progress(int((lengths.clamp(max=stop) - start).clamp(min=0).sum()))
     return nats
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; to a GPU one that the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

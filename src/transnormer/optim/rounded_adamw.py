@@ -72,7 +72,7 @@ def _own(x: Any) -> Tensor:
 
 
 @contextmanager
-def _noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
+def noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
     """Draw the same numbers on all ranks that hold the same share of a parameter.
 
     Rounded by numbers of their own, ranks with the same values would drift apart. The random state
@@ -164,7 +164,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         tensors = (own, change.contiguous(), *moments)
         if self._compiled:
             tensors = tuple(_flat(x) for x in tensors)
-        with _noise_of_share(parameter, number, step):
+        with noise_of_share(parameter, number, step):
             self._update(
                 *tensors,
                 *(torch.tensor(value, dtype=torch.float32) for value in numbers),

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from transnormer.optim.rounded_adamw import noise_of_share, round_stochastically
 from transnormer.parallel.outer_config import OuterConfig, OuterReport
 
 
@@ -106,7 +107,7 @@ class OuterSync:
         penalty = self._penalty()
         if found is not None:
             self._step(found, penalty)
-        self._put(self._start)
+        self._begin_round()
         self.round, self.updates = self.round + 1, 0
         return OuterReport(self.round, self.tau, penalty if self.config.delayed else None, exposed)
 
@@ -187,9 +188,27 @@ class OuterSync:
 
     @torch.no_grad()
     def _put(self, flat: Tensor) -> None:
+        for x, values in self._beside(flat):
+            x.copy_(values)
+
+    @torch.no_grad()
+    def _begin_round(self) -> None:
+        """Let the parameters be the start of the next round.
+
+        bfloat16 ones are rounded at random: to the nearest, a move of less than half a last place
+        would be lost again in every round.
+        """
+        for number, (x, values) in enumerate(self._beside(self._start)):
+            if x.dtype == torch.bfloat16:
+                with noise_of_share(self._parameters[number], number, self.round):
+                    values = round_stochastically(values)
+            x.copy_(values)
+
+    def _beside(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's parameters, each with its part of what lies end to end."""
         parts = self._locals()
         for x, values in zip(parts, flat.split([x.numel() for x in parts]), strict=True):
-            x.copy_(values.view_as(x))
+            yield x, values.view_as(x)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

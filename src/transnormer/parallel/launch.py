@@ -5,10 +5,13 @@ import multiprocessing.connection
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# Seconds that processes have to end by themselves.
+_GRACE = 5.0
 
 
 def call_on_ranks(count: int, function: Callable[..., T], *args: Any) -> T:
@@ -39,7 +42,10 @@ def call_on_ranks(count: int, function: Callable[..., T], *args: Any) -> T:
     try:
         return _answers(pipes)
     finally:
+        # After an error the others mostly fail too, and clean up; some may wait for ever.
+        deadline = time.monotonic() + _GRACE
         for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
             process.terminate()
             process.join()
 

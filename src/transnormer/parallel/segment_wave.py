@@ -13,6 +13,7 @@ and passes the gradient of the state at its start on, layer by layer, to the ran
 before. Gradients are those of the whole sequence.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -86,14 +87,19 @@ class SegmentWave:
 
         return x, map_tensors(with_arrived, state)
 
-    def leave(self, y: Tensor, state: LayerState) -> Tensor:
-        """The output of a block, on the way to the loss; its state goes to the next segment."""
+    def leave(self, y: Tensor, state: LayerState, entered: LayerState) -> Tensor:
+        """The output of a block, on the way to the loss; its state goes to the next segment.
+
+        In the dtypes that the state had when it entered, which the next rank waits for: under
+        autocast a layer may leave another one.
+        """
         turn = self.turn
         assert turn is not None
         if not turn.leaves:
             return y
         last = slice(-1, None) if turn.packed else slice(None)
-        tensors = tuple(t[last] for t in tensors_of(state))
+        pairs = zip(tensors_of(state), tensors_of(entered), strict=True)
+        tensors = tuple(t[last].to(like.dtype) for t, like in pairs)
         if turn.again:
             return _Leave.apply(self, y, *tensors)
         self.send(tensors, 1)
@@ -198,9 +204,9 @@ class WaveBlock(Block):
         """As ``Block.forward``."""
         if self.wave.turn is None:
             return super().__call__(x, state=state, **inputs)
-        x, state = self.wave.enter(x, state, self.layer)
-        y, state = super().__call__(x, state=state, **inputs)
-        return self.wave.leave(y, state), state
+        x, entered = self.wave.enter(x, state, self.layer)
+        y, state = super().__call__(x, state=entered, **inputs)
+        return self.wave.leave(y, state, entered), state
 
 
 class SegmentedDecoder(Decoder):
@@ -351,6 +357,8 @@ def apply_segments(
             keeps the messages of two ranks in one order, and with two ranks some would wait for
             others that come behind them. None is the chain's own, which is enough for gloo.
     """
+    # Blocks give their states, and some ops give those as views. Nothing changes a state in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     wave = SegmentWave(chain, chain.group if around is None else around)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     wave.depth = len(blocks)

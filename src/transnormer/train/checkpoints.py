@@ -186,10 +186,12 @@ def _complete(
         contents.own.rename(temporary / contents.own.name.removeprefix("."))
     write_json(contents.counters.model_dump(), temporary / COUNTERS)
     _write_marker(temporary)
-    if target.exists():
-        _remove(target)
+    # Aside and no more: while a large one is being removed, the new one is there already.
+    doomed = _doomed(target) if target.exists() else None
     temporary.rename(target)
     sync(target.parent)
+    if doomed is not None:
+        shutil.rmtree(doomed)
     for old in list_checkpoints(run_dir)[keep_last:] if keep_last else ():
         _remove(old)
 
@@ -211,9 +213,12 @@ def _write_marker(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a folder so that no half of it ever bears its name."""
-    doomed = path.parent / f"{_TEMPORARY}old-{path.name}"
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_doomed(path))
+
+
+def _doomed(path: Path) -> Path:
+    """Rename a folder that is to be removed; its new name."""
+    return path.rename(path.parent / f"{_TEMPORARY}old-{path.name}")
 
 
 def set_aside(path: Path) -> Path:

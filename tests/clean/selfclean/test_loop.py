@@ -10,6 +10,7 @@ import pytest
 from clean_cases import grammar, read_lines, run_clean, shuffled, where_ids_went, write_lines
 
 from transnormer.clean.config import SelfCleanConfig
+from transnormer.clean.selfclean import loop
 from transnormer.clean.selfclean.loop import Scorer, Text, run_rounds
 from transnormer.clean.selfclean.ngram import NgramScorer, Scores
 
@@ -82,6 +83,49 @@ def test_no_text_is_scored_by_what_saw_it(tmp_path: Path) -> None:
 
     config = SelfCleanConfig(rounds=1, folds=3)
     assert run_rounds(Texts(), config, lambda number, fold: Watch(), tmp_path) == {}
+
+
+class Counting:
+    """Scores everything alike, and remembers how many texts came at a time."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def fit(self, texts: Any) -> "Counting":
+        return self
+
+    def score(self, texts: Sequence[str]) -> list[Scores]:
+        self.calls.append(len(texts))
+        return [Scores(1.0, 1.0)] * len(texts)
+
+
+def test_documents_are_scored_many_at_a_time(tmp_path: Path) -> None:
+    scorers: list[Counting] = []
+
+    def make(number: int, fold: int) -> Scorer:
+        scorers.append(Counting())
+        return scorers[-1]
+
+    run_rounds(Texts(), SelfCleanConfig(rounds=1), make, tmp_path)
+    # The second call is the held-out text's.
+    assert [len(scorer.calls) for scorer in scorers] == [2, 2]
+    assert sum(scorer.calls[0] for scorer in scorers) == GOOD + BAD
+
+
+def test_what_is_not_scored_when_it_is_stopped_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = list(Texts().texts())
+    monkeypatch.setattr(loop, "_GROUP", sum(len(text.text) for text in texts) // 2)
+    lines: list[str] = []
+    config = SelfCleanConfig(rounds=1, max_drop=0.2)
+    gone = run_rounds(Texts(), config, ngram, tmp_path, tell=lines.append, stop=lambda: bool(lines))
+    manifest = json.loads((tmp_path / "round_01.json").read_text())
+    assert GOOD + BAD > manifest["documents"] > 0.4 * GOOD
+    assert gone
+    assert max(gone) < manifest["documents"]
+    ends = ["fold 0 is fitted", "fold 1 is fitted", f"{manifest['documents']} documents are scored"]
+    assert [line.partition(": ")[2] for line in lines] == [*ends, "stopped"]
 
 
 def test_rounds_that_are_written_are_not_repeated(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ unlikely. A round drops at most a share of the documents, the most severe first.
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -25,8 +26,8 @@ from transnormer.clean.selfclean.drift import Diversity, divergence, drop_rates
 from transnormer.clean.selfclean.ngram import Scores
 from transnormer.files import read_json, write_atomic
 
-# Documents that are scored side by side.
-_GROUP = 64
+# Characters of the documents that are scored side by side: enough for many full batches of a model.
+_GROUP = 1 << 21
 UNLIKELY, LIKELY, NO_CONTEXT = "too_unlikely", "too_likely", "no_context"
 
 
@@ -74,8 +75,22 @@ class Judgement(NamedTuple):
 MakeScorer = Callable[[int, int], Scorer]
 
 
+def _never() -> bool:
+    return False
+
+
+def _untold(line: str) -> None:
+    pass
+
+
 def run_rounds(
-    corpus: Corpus, config: SelfCleanConfig, make_scorer: MakeScorer, directory: Path
+    corpus: Corpus,
+    config: SelfCleanConfig,
+    make_scorer: MakeScorer,
+    directory: Path,
+    *,
+    tell: Callable[[str], None] = _untold,
+    stop: Callable[[], bool] = _never,
 ) -> dict[int, dict[str, Any]]:
     """Run rounds until the rule stops them; return why each document that goes is dropped.
 
@@ -84,6 +99,9 @@ def run_rounds(
         config: bands, caps and the rule that stops.
         make_scorer: a fresh scorer for a round and a fold.
         directory: for round_NN.json, each written once: a run that goes on reads them.
+        tell: is told what is done, with the seconds since the round began.
+        stop: asked between groups of documents; once it is True no more are scored: the others
+            stay, and the manifest counts those that were scored as its documents.
 
     The rounds end after config.rounds, or when one drops less than config.min_drop of the
     documents, or when the text of config.heldout is modelled worse than in the round before.
@@ -96,7 +114,7 @@ def run_rounds(
         path = directory / f"round_{number:02d}.json"
         if not path.is_file():
             made, arrays = _Round(
-                corpus, config, make_scorer, number, gone, verdicts, heldout
+                corpus, config, make_scorer, number, gone, verdicts, heldout, tell, stop
             ).run()
             # Beside the manifest and before it: with the scores other thresholds can be tried.
             save_arrays(path.with_suffix(".npz"), **arrays)
@@ -128,17 +146,20 @@ class _Round:
         gone: dict[int, dict[str, Any]],
         verdicts: dict[str, str],
         heldout: str,
+        tell: Callable[[str], None],
+        stop: Callable[[], bool],
     ) -> None:
         self._corpus, self._config, self._number = corpus, config, number
         self._make_scorer, self._verdicts, self._heldout = make_scorer, verdicts, heldout
-        self._gone = gone
+        self._gone, self._tell, self._stop = gone, tell, stop
+        self._began = time.perf_counter()
 
     def run(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the manifest of the round, and the scores of all its documents."""
-        scorers = [
-            self._make_scorer(self._number, fold).fit(self._without(fold))
-            for fold in range(self._config.folds)
-        ]
+        scorers = []
+        for fold in range(self._config.folds):
+            scorers.append(self._make_scorer(self._number, fold).fit(self._without(fold)))
+            self._say(f"fold {fold} is fitted")
         judged = self._judge(scorers)
         chosen = self._choose(judged)
         before, after, sources = Diversity(), Diversity(), []
@@ -174,6 +195,10 @@ class _Round:
         }
         names = ("numbers", "bits", "gains", "severities")
         return manifest, {name: getattr(judged, name) for name in names}
+
+    def _say(self, what: str) -> None:
+        seconds = time.perf_counter() - self._began
+        self._tell(f"round {self._number}, {seconds:.1f} s: {what}")
 
     def _alive(self) -> Iterator[Text]:
         return (text for text in self._corpus.texts() if text.number not in self._gone)
@@ -211,13 +236,18 @@ class _Round:
 
     def _scored(self, scorers: list[Scorer]) -> Iterator[tuple[Text, Scores]]:
         """Every document with its scores out of fold, some of them held at a time."""
-        texts = self._alive()
-        while group := list(islice(texts, _GROUP)):
+        done = 0
+        for group in _groups(self._alive()):
+            if done and self._stop():
+                self._say("stopped")
+                return
             found: dict[int, Scores] = {}
             for fold, scorer in enumerate(scorers):
                 mine = [text for text in group if self._fold(text) == fold]
                 scores = scorer.score([text.text for text in mine])
                 found.update((text.number, score) for text, score in zip(mine, scores, strict=True))
+            done += len(group)
+            self._say(f"{done} documents are scored")
             yield from ((text, found[text.number]) for text in group)
 
     def _choose(self, judged: Judgement) -> dict[int, str]:
@@ -226,7 +256,8 @@ class _Round:
         order = np.argsort(-judged.severities, kind="stable")
         out = [int(place) for place in order if judged.severities[place] > 1]
         chosen: dict[int, str] = {}
-        names = [text.id for text in self._alive()] if self._verdicts else []
+        scored = islice(self._alive(), len(judged.numbers))
+        names = [text.id for text in scored] if self._verdicts else []
         for place in out:
             if len(chosen) < most and not (names and self._verdicts.get(names[place]) == "keep"):
                 chosen[place] = judged.reasons[place]
@@ -244,3 +275,18 @@ class _Round:
             "bits_per_byte": round(float(judged.bits[place]), 4),
             "context_gain": round(float(judged.gains[place]), 4),
         }
+
+
+def _groups(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """The texts in their order, as many at a time as `_GROUP` allows, and at least one."""
+    group: list[Text] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text.text) > _GROUP:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        # One more for empty texts, which are not free either.
+        size += len(text.text) + 1
+    if group:
+        yield group
