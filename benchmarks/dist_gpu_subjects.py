@@ -129,11 +129,11 @@ class Run:
         return TrainRow(row.subject, seq, tokens, size=row.size, settings=self.settings)
 
     def _decoder_config(self) -> DecoderConfig:
-        if not self._small or self._dry:
+        if not self._small:
             return decoder_of(self._training(0, 0), dry=self._dry, layers=None)
         sizes = {"vocab_size": 512, "model_dim": 256, "num_layers": 3, "heads": 2, "glu_dim": 512}
         make: Any = zoo.llama_custom if self.row.subject == "llama" else zoo.tnl_custom
-        return make(**sizes, tie_embeddings=True)
+        return make(**sizes)
 
     def _config(self, seq: int, tokens: int) -> RunConfig:
         return config_of(self._training(seq, tokens), dry=self._dry and not self._small)
