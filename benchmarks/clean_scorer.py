@@ -59,11 +59,17 @@ class Mixture:
         self._texts: list[Text] = []
         # The slice first: what is scored before the time ends holds all of it.
         labels = {record["id"]: record for record in read(data / LABELS)}
-        for record in read(data / DOCUMENTS):
+        records = list(read(data / DOCUMENTS))
+        kept = [x for x in records if labels[x["id"]]["expected"] == "keep"]
+        sources, draws = [x["source"] for x in kept], np.random.default_rng(0)
+        for record in records:
             label = labels[record["id"]]
             if label.get("needs_model") or label["expected"] == "keep":
-                # The name of a source must not tell what is synthetic.
-                source = record["source"] if record["source"] != "synthetic" else "unnamed"
+                source = record["source"]
+                if source == "synthetic":
+                    # Hidden among the clean ones: as a source of their own they would be judged
+                    # among themselves.
+                    source = sources[draws.integers(len(sources))]
                 kind = label["label"] if label.get("needs_model") else "clean"
                 self._add(record, kind, source)
         size = 0

@@ -33,6 +33,8 @@ MODES = {
     "invariant": {"batch_invariant": True},
     "ring": {"ring": 16},
     "invariant-ring": {"ring": 16, "batch_invariant": True},
+    "ahead": {"run_ahead": True},
+    "ahead-ring": {"run_ahead": True, "ring": 16},
     "drafts": {"draft_tokens": 4},
     "drafts-ring": {"draft_tokens": 7, "ring": 16},
 }

@@ -213,6 +213,7 @@ class Engine:
 
     def _abandon(self, cause: BaseException) -> None:
         """End all that runs: a step that broke off may have advanced some states and not others."""
+        self._slots.forget()
         for slot, request in enumerate(self._slots.requests):
             if request is None:
                 continue
@@ -236,6 +237,8 @@ class Engine:
             if request is not None and request.finished:
                 self._slots.release(slot, request)
                 self._end(request)
+        if not self.running:
+            self._slots.forget()
         return bool(self._queue) or self.running > 0
 
     def run(self) -> None:

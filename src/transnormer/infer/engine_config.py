@@ -46,6 +46,10 @@ class EngineConfig(Config):
     fused: bool = False
     """Decode a TransNormerLLM by the kernels of ``FusedStep`` on a GPU, in few launches, or by
     ``CpuStep`` on a CPU, which reads weights at the memory's speed."""
+    run_ahead: bool | None = None
+    """Begin a step with the tokens of the one before while the host still looks at them, so that a
+    GPU does not wait for the host; who has stopped at one is advanced once in vain. None: on a GPU,
+    for models whose state has a constant size, without drafts."""
     draft_tokens: int = Field(default=0, ge=0, lt=MAX_TOKENS)
     """Tokens a step that prompt lookup drafts and the model then confirms; 0 drafts none."""
 
@@ -62,6 +66,11 @@ class EngineConfig(Config):
             raise ValueError(
                 f"ring is {self.ring}; expected at least {2 * (self.draft_tokens + 1)}, twice the "
                 "tokens of a step, so that drafts can be taken back"
+            )
+        if self.run_ahead and self.draft_tokens:
+            raise ValueError(
+                f"draft_tokens is {self.draft_tokens}; expected 0 with run_ahead: drafts are made of "
+                "tokens that the host has seen"
             )
         if self.batch_invariant and self.draft_tokens:
             raise ValueError(

@@ -20,6 +20,24 @@ class StepOutput(NamedTuple):
     likeliest: Tensor | None
 
 
+class Arriving:
+    """Numbers on their way to the host, from a device that goes on with what follows them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[list[int]]:
+        """Wait for them alone."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
 Step = Callable[[Tensor, Tensor], StepOutput]
 # Runs before a capture: kernels are compiled and libraries choose their algorithms in these.
 _WARMUP = 3
@@ -56,7 +74,7 @@ class GraphedStep:
         """Run the step; what it gives is valid until the next call.
 
         Args:
-            ids: int64 [rows, tokens] on the CPU.
+            ids: int64 [rows, tokens] on the CPU, or on the device, for which nothing is waited.
             slots: int32 [rows] on the CPU.
         """
         if self._device.type != "cuda":
@@ -65,9 +83,13 @@ class GraphedStep:
         if (rows, tokens) not in self._graphs:
             self._graphs[rows, tokens] = self._capture(rows, tokens)
         graph = self._graphs[rows, tokens]
-        # One copy for both: each costs the host as much as some kernels cost the device.
-        given = torch.cat([ids.flatten().to(torch.int32), slots])
-        graph.inputs.copy_(given, non_blocking=True)
+        if ids.is_cuda:
+            graph.inputs[: rows * tokens].copy_(ids.flatten())
+            graph.inputs[rows * tokens :].copy_(slots.pin_memory(), non_blocking=True)
+        else:
+            # One copy for both: each costs the host as much as some kernels cost the device.
+            given = torch.cat([ids.flatten().to(torch.int32), slots])
+            graph.inputs.copy_(given, non_blocking=True)
         graph.graph.replay()
         return graph.output
 
@@ -89,13 +111,13 @@ class GraphedStep:
         ids, slots = inputs[: rows * tokens].view(rows, tokens), inputs[rows * tokens :]
         # No row is real: what runs now changes no sequence.
         slots.fill_(-1)
-        stream = torch.cuda.Stream(self._device)
+        stream, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP):
                 self._step(ids, slots)
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Its own stream: torch's for captures lies on the device of the process's first one.
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream):
             output = self._step(ids, slots)
         return _Graph(graph, inputs, output)

@@ -72,6 +72,10 @@ class FixedPool(StatePool):
         return sum(map(state_bytes, self.layers)) + self.positions.nbytes
 
     @property
+    def runs_ahead(self) -> bool:
+        return True
+
+    @property
     def rolls_back(self) -> bool:
         """Whether every layer has a ring, so that tokens are taken back without reading again."""
         return all(isinstance(layer, RingState) for layer in self.layers)
@@ -110,7 +114,7 @@ class FixedPool(StatePool):
         self.positions.index_copy_(0, index, state.positions)
 
     def decode(self, ids: Tensor, slots: Sequence[int], rows: int) -> Tensor:
-        padded = torch.zeros(rows, ids.shape[1], dtype=torch.int64)
+        padded = torch.zeros(rows, ids.shape[1], dtype=torch.int64, device=ids.device)
         padded[: len(slots)] = ids
         places = torch.full((rows,), -1, dtype=torch.int32)
         places[: len(slots)] = torch.tensor(list(slots), dtype=torch.int32)

@@ -210,11 +210,16 @@ class Request:
             # As for ``until``: nobody else's tokens depend on it.
             self.fail(error)
 
-    def fail_at(self, largest: float) -> None:
-        """End the request because of its largest logit, which no token can be drawn from."""
+    def fail_at(self, largest: float | None) -> None:
+        """End the request because of its largest logit, which no token can be drawn from.
+
+        Args:
+            largest: None where it is known no more.
+        """
+        found = "NaN or infinite" if largest is None else largest
         self.fail(
             ValueError(
-                f"the largest logit of the request is {largest}; expected a finite number; its "
+                f"the largest logit of the request is {found}; expected a finite number; its "
                 "state, its bias or the weights hold NaN or infinity, or every token is forbidden"
             )
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transnormer.infer.engine_config import EngineConfig
+from transnormer.infer.graphs import Arriving
 from transnormer.infer.metrics import Tally
 from transnormer.infer.pool import GrowingPool, StatePool
 from transnormer.infer.prefix_cache import PrefixCache
@@ -27,6 +28,18 @@ class Ready(NamedTuple):
     slots: list[int]
     logits: Tensor
     likeliest: Tensor | None = None
+
+
+class Ahead(NamedTuple):
+    """A step that runs before the host has seen its tokens.
+
+    Attributes:
+        requests: those it advances, by slot.
+        ready: its logits, in the same order; valid until the pool's next step.
+    """
+
+    requests: dict[int, Request]
+    ready: Ready
 
 
 class Slots:
@@ -56,6 +69,14 @@ class Slots:
         self._positions = positions_of(pool.model.config)
         alone = config.batch_invariant and isinstance(pool, GrowingPool)
         self._largest = 1 if alone else config.slots
+        if config.run_ahead and not pool.runs_ahead:
+            raise NotImplementedError(
+                "run_ahead is True; expected None or False for this model, whose state grows: the "
+                "shape of a step follows from tokens that the host has seen"
+            )
+        able = pool.runs_ahead and pool.device.type == "cuda" and not config.draft_tokens
+        self._runs_ahead = able if config.run_ahead is None else config.run_ahead
+        self._ahead: Ahead | None = None
 
     @property
     def share(self) -> int:
@@ -94,8 +115,13 @@ class Slots:
         """
         slots = [s for s, r in enumerate(self.requests) if r is not None and r.drawn]
         ready = self._prefill()
-        for start in range(0, len(slots), self._largest):
-            ready += self._decode(slots[start : start + self._largest], step)
+        if self._ahead is None:
+            for start in range(0, len(slots), self._largest):
+                ready += self._decode(slots[start : start + self._largest], step)
+        elif slots:
+            # All of them: it reads a token of each request that had one when it began.
+            ready.append(self._of_those(slots, self._ahead))
+        self._ahead = None
         if len(ready) > 1:
             # One draw for all: a device is waited for once.
             drawn = [slot for part in ready for slot in part.slots]
@@ -240,12 +266,20 @@ class Slots:
             uniforms = torch.tensor(numbers, dtype=torch.float64)
             drawn = draw(adjusted, [request.sampling for request in requests], uniforms)
             choice = torch.stack([drawn, unusable_rows(adjusted).long()])
+        arriving = Arriving(choice)
+        goes_on = any(request.drawn + 1 < request.max_new_tokens for request in requests)
+        if self._runs_ahead and goes_on:
+            if any(request.logprobs_count is not None for request in requests):
+                logits = logits.clone()
+            self._run_ahead(ready.slots, requests, choice[0])
+            # In a graph's memory, where the next step is under way.
+            adjusted = None if adjusted.is_cuda else adjusted
         # The one place where a step waits for the device, but for log probabilities.
-        tokens, bad = choice.tolist()
+        tokens, bad = arriving.read()
         self._tally.generated_tokens += len(tokens) - sum(bad)
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             if bad[row]:
-                request.fail_at(adjusted[row].amax().item())
+                request.fail_at(None if adjusted is None else adjusted[row].amax().item())
                 continue
             if request.first_token_at is None:
                 request.first_token_at = step
@@ -253,6 +287,31 @@ class Slots:
                 own = logits[row : row + 1]
                 request.logprobs += token_logprobs(own, [token], request.logprobs_count)
             request.take(token)
+
+    def _run_ahead(self, slots: list[int], requests: list[Request], ids: Tensor) -> None:
+        """Begin the step that reads tokens which the host has not seen, int64 [n].
+
+        Who reaches its number of tokens with them stays only for the state behind the last one.
+        """
+        rows = [
+            row
+            for row, request in enumerate(requests)
+            if request.keep_state or request.drawn + 1 < request.max_new_tokens
+        ]
+        if len(rows) < len(slots):
+            ids, slots = ids[rows], [slots[row] for row in rows]
+        logits = self.pool.decode(ids[:, None], slots, self._bucket(len(slots)))
+        best = self.pool.likeliest
+        ready = Ready(slots, logits[:, 0], None if best is None else best[..., 0])
+        self._ahead = Ahead({slot: self._request(slot) for slot in slots}, ready)
+
+    def _of_those(self, slots: list[int], ahead: Ahead) -> Ready:
+        """The part of a step that ran ahead which belongs to some of its slots."""
+        if slots == ahead.ready.slots:
+            return ahead.ready
+        rows = [ahead.ready.slots.index(slot) for slot in slots]
+        best = ahead.ready.likeliest
+        return Ready(slots, ahead.ready.logits[rows], None if best is None else best[:, rows])
 
     def _request(self, slot: int) -> Request:
         request = self.requests[slot]
@@ -263,11 +322,17 @@ class Slots:
         """Free the slot of a request that has finished."""
         read = request.read_tokens == request.prompt_tokens and request.error is None
         if request.keep_state and read:
-            if request.drawn:
+            # A step that ran ahead has read it.
+            known = self._ahead is not None and self._ahead.requests.get(slot) is request
+            if request.drawn and not known:
                 last = torch.tensor([[request.last_token]])
                 self.pool.decode(last, [slot], self._bucket(1))
             request.keep(self.pool.read([slot]))
         self.free(slot)
+
+    def forget(self) -> None:
+        """Leave a step that runs ahead alone: its requests have ended."""
+        self._ahead = None
 
     def free(self, slot: int) -> None:
         """Empty a slot, whatever became of its request."""

@@ -50,8 +50,14 @@ class StatePool(ABC):
     def decode(self, ids: Tensor, slots: Sequence[int], rows: int) -> Tensor:
         """Advance slots by a token each: ids [n, 1] on the CPU; logits [n, 1, vocab_size].
 
-        Runs as a batch of ``rows`` >= n rows, so that its shape does not depend on n.
+        Runs as a batch of ``rows`` >= n rows, so that its shape does not depend on n. Where the pool
+        ``runs_ahead``, ids may be on its device too.
         """
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether ``decode`` takes tokens that the host has not seen, and does not wait for them."""
+        return False
 
     def reset(self, slot: int) -> None:
         """Make a slot the start of a sequence."""
