@@ -5,7 +5,7 @@ need a model, scored out of fold by the n-gram scorer, or by a model that --run 
 table; writes benchmarks/results/clean_scorer.json; the last line is JSON.
 
     python benchmarks/clean_scorer.py DATA
-    python benchmarks/clean_scorer.py carry/clean --run recipes/scorer_tnl.toml --megabytes 30 --minutes 5
+    python benchmarks/clean_scorer.py carry/clean --run recipes/scorer_tnl.toml --megabytes 60 --minutes 8
 
 carry/clean is what `clean_training.py DATA --pack carry/clean` writes: DATA for another machine.
 With --minutes a few steps and scores are timed first, once all kernels are compiled, and both models
