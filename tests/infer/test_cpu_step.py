@@ -108,6 +108,19 @@ def test_quantised_weights_are_read_by_their_modules(bits: int) -> None:
     assert_step_agrees(model, make_ids(1, 1), [3], DECODER_FLOAT32)
 
 
+class Doubled(torch.nn.Linear):
+    """A projection that someone adapted."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
+def test_projections_that_were_adapted_are_left_to_their_modules() -> None:
+    model = make_model()
+    model.blocks[1].token_mixer.out_proj.__class__ = Doubled
+    assert_step_agrees(model, make_ids(2, 1), [3, 1], DECODER_FLOAT32)
+
+
 def test_more_rows_than_are_few_agree_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_step, "ROWS", 2)
     monkeypatch.setattr(cpu_step.few_rows, "product", None)

@@ -153,6 +153,32 @@ def test_more_rows_than_kernels_multiply_are_left_to_the_modules(
 
 
 @needs_interpreter
+def test_ids_and_slots_may_lie_anyhow() -> None:
+    model, ids = make_model(), make_ids(2, 3)
+    state, slots = start_of(model).clone(), torch.tensor([4, 1, 2, 1], dtype=torch.int32)[::2]
+    logits = FusedStep(model)(ids.T.contiguous().T, slots, state.positions, list(state.layers))
+    exact = model_step(model, ids, [4, 2])
+    assert relative_error(logits, exact.logits) <= DECODER_FLOAT32
+
+
+class Doubled(torch.nn.Linear):
+    """A projection that someone adapted."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (2, torch.bfloat16)], ids=str)
+def test_projections_that_were_adapted_are_left_to_their_modules(
+    rows: int, dtype: torch.dtype
+) -> None:
+    model = make_model(dtype=dtype)
+    model.blocks[1].token_mixer.out_proj.__class__ = Doubled
+    assert_step_agrees(model, make_ids(rows, 1), [3, 1][:rows])
+
+
+@needs_interpreter
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_row_that_is_not_real_changes_nothing(tokens: int) -> None:
     model = make_model()
@@ -186,6 +212,18 @@ def test_quantised_weights_are_read_as_they_are(bits: int, rows: int) -> None:
 
 
 @needs_interpreter
+def test_factors_that_lie_in_different_forms_are_left_to_their_modules() -> None:
+    """A GLU's two products are one kernel's."""
+    pytest.importorskip("torchao")
+    config = zoo.tnl_custom(vocab_size=VOCAB, model_dim=64, num_layers=1, heads=2, glu_dim=128)
+    model = make_model(config.model_copy(update={"init_std": 0.1}))
+    plain = copy.deepcopy(model.blocks[0].channel_mixer.up_proj)
+    quantize(model, 8)
+    model.blocks[0].channel_mixer.up_proj = plain
+    assert_step_agrees(model, make_ids(1, 1), [3])
+
+
+@needs_interpreter
 @pytest.mark.parametrize("rows", [1, 2])
 def test_four_bits_of_a_bfloat16_model_are_read_by_kernels(
     monkeypatch: pytest.MonkeyPatch, rows: int
@@ -198,7 +236,7 @@ def test_four_bits_of_a_bfloat16_model_are_read_by_kernels(
     exact, state = model_step(model, ids, used), start_of(model).clone()
     step, slots = FusedStep(model), torch.tensor(used, dtype=torch.int32)
     # Few programs, which the interpreter runs one by one.
-    monkeypatch.setattr(step._nibbles, "tile_of_nibbles", lambda *sizes: RowTile(64, 16, 4, 0))
+    monkeypatch.setattr(step._projection, "tile_of_nibbles", lambda *sizes: RowTile(64, 16, 4, 0))
     if rows == 1:
         monkeypatch.setattr(torch.nn.Linear, "forward", None)
     logits = step(ids, slots, state.positions, list(state.layers))

@@ -1,12 +1,13 @@
-"""Capturing decoding steps, on a device that is not there."""
+"""Decoding steps on a device that is not there: what is asked of which stream."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from transnormer.infer.graphs import GraphedStep, StepOutput
+from transnormer.infer.graphs import Arriving, GraphedStep, StepOutput
 
 
 class Stream:
@@ -47,3 +48,17 @@ def test_a_step_is_captured_on_a_stream_of_its_own_device(monkeypatch: pytest.Mo
     (stream,) = captures
     assert stream is not None
     assert stream.device == device
+
+
+def test_numbers_have_arrived_when_the_stream_of_their_device_has_come_so_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[Stream] = []
+    event = SimpleNamespace(record=recorded.append)
+    host = SimpleNamespace(copy_=lambda values, non_blocking: None)
+    monkeypatch.setattr(torch, "empty_like", lambda values, **options: host)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    device = torch.device("cuda", 1)
+    Arriving(SimpleNamespace(is_cuda=True, device=device))
+    assert [stream.device for stream in recorded] == [device]

@@ -65,6 +65,19 @@ def test_rows_at_the_ends_of_float32_are_finite(size: float) -> None:
     assert y[0, 0].item() == pytest.approx(0.32 * size, rel=0.01, abs=0.0)
 
 
+def test_no_rows_have_a_product() -> None:
+    weight, scales = integers(8, 32)
+    assert few_rows.int8_product(torch.randn(0, 32), weight, scales).shape == (0, 8)
+    assert few_rows.product(torch.randn(0, 32), weight.float()).shape == (0, 8)
+
+
+def test_autocast_does_not_round_the_sums_of_integers() -> None:
+    x, (weight, scales) = torch.randn(2, 32), integers(8, 32)
+    exact = few_rows.int8_product(x, weight, scales)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(few_rows.int8_product(x, weight, scales), exact)
+
+
 def test_products_of_integers_are_chosen_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = few_rows.reads_integers.__wrapped__
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")

@@ -49,6 +49,28 @@ def test_strides_change_nothing() -> None:
 
 
 @needs_interpreter
+def test_no_rows_give_none_and_leave_the_weight_a_gradient_of_zeros() -> None:
+    joint, weight, grad = inputs(torch.float32)
+    o, d_joint, d_weight = run(joint[:0], weight, grad[:0], implementation="triton")
+    assert (o.shape, d_joint.shape) == ((0, 5, 7), (0, 5, 40))
+    assert torch.equal(d_weight, torch.zeros(7, 20))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+def test_autocast_casts_both(implementation: str) -> None:
+    joint, weight, grad = inputs(torch.float32)
+    half = [x.bfloat16() for x in (joint, weight, grad)]
+    exact = run(*half, silu=True, implementation=implementation)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = run(joint, weight, half[2], silu=True, implementation=implementation)
+        mixed = run(half[0], weight, half[2], silu=True, implementation=implementation)
+    assert [x.dtype for x in made] == [torch.bfloat16, torch.float32, torch.float32]
+    for found in (made, mixed):
+        assert all(torch.equal(x, y.to(x.dtype)) for x, y in zip(found, exact, strict=True))
+
+
+@needs_interpreter
 def test_the_op_keeps_torch_s_contract() -> None:
     joint, weight, _ = inputs(torch.float32)
     torch.library.opcheck(

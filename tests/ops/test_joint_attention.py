@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import needs_interpreter
+from kernel_cases import force_segments, needs_interpreter
 from tolerances import JOINT_ATTENTION, assert_close
 from torch import Tensor
 
@@ -76,6 +76,28 @@ def test_a_projection_with_strides_and_a_gradient_with_strides() -> None:
 
 
 @needs_interpreter
+def test_the_states_of_segments_are_kept_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transnormer.ops.linear_attention.triton_launch import Call
+
+    force_segments(monkeypatch, 16)
+    made = []
+    original = Call.states
+    monkeypatch.setattr(Call, "states", lambda *given: made.append(original(*given)) or made[-1])
+    joint, decay, grad = inputs(1, 40, 2, 16, torch.float32)
+    exact = run(joint.double(), decay.double(), grad.double(), 16)
+    found = run(joint, decay, grad, 16, implementation="triton")
+    assert [list(states.shape) for states in made] == [[3, 2, 16, 16]]
+    for actual, expected in zip(found, exact):
+        assert_close(actual, expected, limit=JOINT_ATTENTION[torch.float32])
+    # Packed rows have a number of segments that nobody knows before: nothing is kept.
+    for bounds, units in ((None, 3), (torch.tensor([0, 7, 40]), 0)):
+        given = (joint.detach().requires_grad_(), decay, bounds, 16, 1e-6)
+        op = torch.ops.transnormer.joint_attention
+        assert op(*given)[3].shape == (units, 2, 16, 16)
+        torch.library.opcheck(op, given, test_utils="test_faketensor")
+
+
+@needs_interpreter
 def test_the_op_keeps_torch_s_contract() -> None:
     joint, decay, _ = inputs(1, 5, 1, 16, torch.float32)
     op = torch.ops.transnormer.joint_attention
@@ -103,6 +125,21 @@ def test_it_compiles_whole_at_symbolic_lengths() -> None:
         call(leaf, decay).backward()
         exact = run(joint, decay, torch.ones_like(grad), 16, implementation="triton")
         assert_close(leaf.grad, exact[1].double())
+
+
+@pytest.mark.parametrize(
+    "implementation", ["torch", pytest.param("triton", marks=needs_interpreter)]
+)
+def test_autocast_casts_the_projection(implementation: str) -> None:
+    joint, decay, grad = inputs(1, 9, 2, 16, torch.float32)
+    exact = run(joint.bfloat16(), decay, grad.bfloat16(), 16, implementation=implementation)
+    leaf = joint.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = joint_attention(leaf, decay, head_dim=16, eps=1e-6, implementation=implementation)
+    y.backward(grad.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact[0])
+    assert torch.equal(leaf.grad, exact[1].float())
 
 
 def test_wrong_calls_are_refused() -> None:

@@ -183,7 +183,8 @@ def _norm(module: nn.Module) -> Function:
 def _projection(module: nn.Linear) -> Function:
     """A projection of [rows, inputs], with the matrix on the left where its values are plain."""
     weight: Any = module.weight
-    if type(weight) not in (Tensor, nn.Parameter):
+    # Whoever adapts or quantises projections puts modules or weights of their own there.
+    if type(module) is not nn.Linear or type(weight) not in (Tensor, nn.Parameter):
         return module
     return partial(_product, weight=weight.detach(), bias=module.bias)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from transnormer.infer.quantize import four_bits
 from transnormer.models.decoder import Block, Decoder
+from transnormer.models.quantized_weights import ByRowsLinear
 from transnormer.nn.channel_mixers.glu import Glu
 from transnormer.nn.norms import Norm
 from transnormer.nn.state import LayerState, SlotState
@@ -58,8 +59,9 @@ class FusedStep:
     and sum. Weights are then read by these kernels, in the model's dtype, in int8, or in 4 bits
     where groups are a power of two of at least 32 and scales bfloat16; those of 4 bits are packed
     anew, so that they are in memory twice. Up to 64 rows in bfloat16 or float16 have six kernels,
-    since the gate has its own. More rows have ten: the products are the model's own modules, and
-    kernels do what lies between them. Rings take no kernels more where a row has one token and the
+    since the gate has its own. More rows have ten, and so has every step where a projection is a
+    module or a weight of another kind: the products are the model's own modules then, and kernels
+    do what lies between them. Rings take no kernels more where a row has one token and the
     batch more than one row.
 
     It computes what the model does, with roundings to the activations' dtype in the same places but
@@ -99,7 +101,7 @@ class FusedStep:
         self._matrices: list[list[Any]] | None = []
         for layer in self._layers:
             found = [self._matrix(module) for module in _projections(layer)]
-            if None in found:
+            if None in found or not _alike(*found[2:4]):
                 self._matrices = None
                 break
             self._matrices.append(found)
@@ -112,6 +114,9 @@ class FusedStep:
 
     def _matrix(self, module: nn.Linear) -> Any:
         """A projection's weight as kernels read it, or None."""
+        # Whoever adapts projections puts modules of their own there.
+        if type(module) not in (nn.Linear, ByRowsLinear):
+            return None
         weight: Any = module.weight
         if type(weight) in (Tensor, nn.Parameter):
             return self._projection.Matrix(weight.detach()) if weight.is_contiguous() else None
@@ -143,16 +148,17 @@ class FusedStep:
             positions: int64 [slots], where each slot stands; moved on by the tokens.
             states: a pool or ring of each layer, advanced in place.
         """
+        # Kernels walk no strides here; what graphs read lies so already.
+        ids, slots = ids.contiguous(), slots.contiguous()
         x, where = self._pointwise.begin(
             ids, slots, self._table, positions, self._scale, overlap=OVERLAP
         )
-        run = self._many
-        if self._matrices is not None and len(x) <= ROWS:
-            # Half precision, since tensor cores round float32.
-            run = self._single if len(x) == 1 else self._few if self._half else self._many
+        # Several rows in half precision only, since tensor cores round float32.
+        few = self._matrices is not None and (len(x) == 1 or self._half) and len(x) <= ROWS
+        run = self._products if few else self._many
         return run(x, where, ids.shape, slots, states).view(*ids.shape, -1)
 
-    def _single(
+    def _products(
         self,
         x: Tensor,
         where: Tensor,
@@ -161,47 +167,33 @@ class FusedStep:
         states: list[LayerState],
     ) -> Tensor:
         assert self._matrices is not None
-        project = self._project
+        single = len(x) == 1
+        project = self._projection.project if single else self._project_rows
+        project = functools.partial(project, overlap=OVERLAP)
         for layer, matrices, state in zip(self._layers, self._matrices, states, strict=True):
             (qkvu_proj, out, gate, up, down), eps = matrices, layer.eps
-            config = layer.mixer.config
             qkvu = project(x, qkvu_proj, eps=eps[0])
-            o, u = self._mix(layer, qkvu, where, shape, slots, state)
-            act = config.gate_activation
-            project(o, out, gate=u, gate_activation=act, eps=eps[1], residual=x)
-            act = layer.glu_activation
-            y = project(x, gate, second=up, activation=act, eps=eps[2])
+            if single:
+                o, u = self._mix(layer, qkvu, where, shape, slots, state)
+                act = layer.mixer.config.gate_activation
+                project(o, out, gate=u, gate_activation=act, eps=eps[1], residual=x)
+            else:
+                project(self._mix_gated(layer, qkvu, where, shape, slots, state), out, residual=x)
+            y = project(x, gate, second=up, activation=layer.glu_activation, eps=eps[2])
             project(y, down, residual=x)
-        head = self._projection.Matrix(self._head)
-        return project(x, head, eps=self._final_eps)
-
-    def _project(self, x: Tensor, matrix: Any, **options: Any) -> Tensor:
-        """A row times a matrix of either kind."""
-        kernels = self._nibbles if isinstance(matrix, self._nibbles.Nibbles) else self._projection
-        return kernels.project(x, matrix, overlap=OVERLAP, **options)
-
-    def _few(
-        self,
-        x: Tensor,
-        where: Tensor,
-        shape: torch.Size,
-        slots: Tensor,
-        states: list[LayerState],
-    ) -> Tensor:
-        assert self._matrices is not None
-        project = functools.partial(self._projection.project_rows, arrived=self._arrived)
-        for layer, matrices, state in zip(self._layers, self._matrices, states, strict=True):
-            (qkvu_proj, out, gate, up, down), eps = [m.values for m in matrices], layer.eps
-            qkvu = project(x, qkvu_proj, eps=eps[0], overlap=OVERLAP)
-            y = self._mix_gated(layer, qkvu, where, shape, slots, state)
-            project(y, out, residual=x, overlap=OVERLAP)
-            act = layer.glu_activation
-            y = project(x, gate, second=up, activation=act, eps=eps[2], overlap=OVERLAP)
-            project(y, down, residual=x, overlap=OVERLAP)
+        if single:
+            return project(x, self._projection.Matrix(self._head), eps=self._final_eps)
         # The head is the largest matrix, and library products are at their best there.
-        return F.linear(
-            self._pointwise.add_norm(x, None, self._final_eps, overlap=OVERLAP), self._head
-        )
+        y = self._pointwise.add_norm(x, None, self._final_eps, overlap=OVERLAP)
+        return F.linear(y, self._head)
+
+    def _project_rows(
+        self, x: Tensor, matrix: Any, *, second: Any = None, **options: Any
+    ) -> Tensor:
+        """Rows times a matrix, or two."""
+        other = None if second is None else second.values
+        project = self._projection.project_rows
+        return project(x, matrix.values, second=other, arrived=self._arrived, **options)
 
     def _many(
         self,
@@ -271,6 +263,14 @@ class FusedStep:
         )
         o = SlotState(state, slots).step(q, k, v, layer.log_decay)
         return o.reshape(rows, -1), u
+
+
+def _alike(matrix: Any, other: Any) -> bool:
+    """Whether one kernel can read both: weights of one dtype, as many groups, scales or none."""
+    if type(matrix) is not type(other):
+        return False
+    one, two = ([getattr(part, "dtype", part) for part in x] for x in (matrix, other))
+    return one == two
 
 
 def _projections(layer: _Layer) -> tuple[nn.Linear, ...]:

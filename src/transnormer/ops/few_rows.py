@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from transnormer.ops import checks
+
 # Bits of the inputs that a product with integers keeps, counted from a row's largest.
 _BITS = 22
 # What turns a number into digits -128 to 127 of base 256, and their weights; the last digit is 0.
@@ -69,8 +71,10 @@ def int8_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     inverse = torch.tensor([1.0 / step for step in steps]).unsqueeze(1)
     integers = (x * inverse).round_().to(torch.int32).t().reshape(-1)
     digits = integers.add_(_OFFSET).bitwise_xor_(_OFFSET).view(torch.int8)
-    sums = torch._int_mm(weight, digits.view(inputs, 4 * rows)).view(-1, rows, 4).float()
-    y = torch.matmul(sums, torch.tensor(_BASE))
+    sums = torch._int_mm(weight, digits.view(inputs, 4 * rows)).view(len(weight), rows, 4).float()
+    # Autocast would round the sums to half precision.
+    with checks.no_autocast("cpu"):
+        y = torch.matmul(sums, torch.tensor(_BASE))
     units = [step if math.isfinite(most) else math.nan for step, most in zip(steps, largest)]
     y = y * scales.view(-1, 1).float() * torch.tensor(units)
     return y.t().to(x.dtype).contiguous()

@@ -1,8 +1,8 @@
 """A micro-batch's forward and backward pass as a CUDA graph: captured once, then replayed.
 
 A step launches some two thousand kernels, and between two short ones the device waits for the host.
-A replayed graph is one launch. Clipping, the guard and the optimizer stay outside: their few
-launches are made while the device is at work, and the guard may still drop an update.
+A replayed graph is one launch. The guard, clipping and the optimizer stay outside, a few launches:
+the guard may still drop an update.
 """
 
 from collections.abc import Callable

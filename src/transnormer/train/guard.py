@@ -77,11 +77,6 @@ class Guard:
         """Whether a spike sends the run back."""
         return self.config.action == "rollback"
 
-    @property
-    def drops(self) -> bool:
-        """Whether a spike drops its update, which must then wait to be judged."""
-        return self.config.action != "off"
-
     def judge(self, loss: float, norm: float, step: int) -> str | None:
         """Say why a step is a spike; None, and into the window with it, where it is none.
 

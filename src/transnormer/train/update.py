@@ -43,24 +43,6 @@ class Update(NamedTuple):
     outer: OuterReport | None = None
 
 
-class _Figures:
-    """Numbers on their way from the device, which goes on with what follows them."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._arrived = values, None
-        if values.is_cuda:
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        """Wait for them alone."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._values.tolist()
-
-
 class Updater:
     """Makes the updates of a run; the host waits for the device once in each."""
 
@@ -97,8 +79,7 @@ class Updater:
         """Make the update after `done`, unless the guard finds a spike.
 
         Raises:
-            TrainingDiverged: see ``Guard.judge``. With the guard off the weights have then taken the
-                step that is not finite: who catches it must not save them.
+            TrainingDiverged: see ``Guard.judge``; the weights are those before the update.
         """
         config, sync = self._config, self._sync
         batches = self._batches.take(done.next_sample)
@@ -113,17 +94,15 @@ class Updater:
             # Before the figures are waited for: the device is still at work on this step.
             self._batches.prepare(next_sample)
         overall = sync.overall_norm(norm).reshape(1).to(nats.dtype)
-        figures = _Figures(torch.cat([sync.total(nats.reshape(1)), overall]))
-        lr = config.optimizer.lr_at(done.step, config.train.steps)
-        if not self._guard.drops:
-            # Launched while the device is at work on the gradients; while it is at work on this, the
-            # host reads the figures, which left before, and launches the next step.
-            self._change_weights(norm, lr)
-        total, grad_norm = figures.read()
+        total, grad_norm = torch.cat([sync.total(nats.reshape(1)), overall]).tolist()
         loss = total / max(labels, 1.0)
         spike = self._guard.judge(loss, grad_norm, done.step + 1)
-        if self._guard.drops and spike is None:
-            self._change_weights(norm, lr)
+        lr = config.optimizer.lr_at(done.step, config.train.steps)
+        if spike is None:
+            if config.optimizer.clip:
+                sync.clip(self._model, config.optimizer.clip, norm)
+            self._optimizer.set_lr(lr)
+            self._optimizer.step()
         self._optimizer.zero_grad()
         outer = None
         if spike is None:
@@ -141,13 +120,6 @@ class Updater:
             next_sample=next_sample,
             outer=outer,
         )
-
-    def _change_weights(self, norm: Tensor, lr: float) -> None:
-        """Clip the gradients to the norm that they have, and make the optimizer's update."""
-        if self._config.optimizer.clip:
-            self._sync.clip(self._model, self._config.optimizer.clip, norm)
-        self._optimizer.set_lr(lr)
-        self._optimizer.step()
 
     def _gradients(self, parts: Sequence[Any], labels: float) -> Tensor:
         """Add up the gradients of the micro-batches; return their summed loss in nats, float64.

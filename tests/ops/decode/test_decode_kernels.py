@@ -102,6 +102,7 @@ def test_a_sum_in_parts_is_the_sum(outputs: int, inputs: int, tile: RowsTile) ->
 def test_four_bits_are_scaled_shifted_and_multiplied(outputs: int, inputs: int, group: int) -> None:
     """In one turn with groups left over, and in two of which the last is hardly filled."""
     from transnormer.ops.decode import triton_nibbles as kernels
+    from transnormer.ops.decode.triton_projection import project
 
     generator = torch.Generator().manual_seed(7)
 
@@ -121,12 +122,56 @@ def test_four_bits_are_scaled_shifted_and_multiplied(outputs: int, inputs: int, 
     x, u, y = (1e4 * torch.randn(1, n, generator=generator) for n in (inputs, inputs, outputs))
     normed = x.double() / (x.double().square().mean() + 0.25).sqrt()
     wanted = y.double() + x.double() * (u / 1e4).double().sigmoid() @ exact.T
-    gated = kernels.project(x, weight, gate=u / 1e4, gate_activation="sigmoid", residual=y)
+    gated = project(x, weight, gate=u / 1e4, gate_activation="sigmoid", residual=y)
     assert gated is y
     assert_close(gated, wanted, limit=4 * OUTPUT[torch.float32])
     product = torch.nn.functional.silu(normed @ exact.T) * (normed @ exact2.T)
-    both = kernels.project(x, weight, second=second, eps=0.25, activation="silu")
+    both = project(x, weight, second=second, eps=0.25, activation="silu")
     assert_close(both, product, limit=4 * OUTPUT[torch.float32])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("size", [1e-11, 1e18])
+def test_four_bits_take_inputs_far_from_one(size: float) -> None:
+    """Sums over a long context are normed after the product only."""
+    from transnormer.ops.decode import triton_nibbles, triton_projection
+
+    generator = torch.Generator().manual_seed(9)
+    ints = torch.randint(0, 16, (8, 64), generator=generator)
+    scales = torch.full((8, 2), 0.01).bfloat16()
+    weight = triton_nibbles.pack(ints, scales, scales)
+    assert weight is not None
+    x = size * torch.randn(1, 64, generator=generator)
+    made = triton_projection.project(x, weight)
+    exact = x.double() @ ((ints - 8) * scales[0, 0].double() + scales[0, 0].double()).T
+    assert_close(made / size, exact / size, limit=4 * OUTPUT[torch.float32])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_positions_outside_the_pool_are_not_touched(tokens: int) -> None:
+    from transnormer.ops.decode import triton_pointwise as kernels
+
+    # What lies behind the pool belongs to others.
+    memory = torch.tensor([7, 5, 3, 1, 1])
+    slots = torch.tensor([2, -1, 4, 0], dtype=torch.int32)
+    ids, table = torch.zeros(4, tokens, dtype=torch.int32), torch.randn(3, 16)
+    _, where = kernels.begin(ids, slots, table, memory[:3], 1.0, overlap=False)
+    assert memory.tolist() == [7 + tokens, 5, 3 + tokens, 1, 1]
+    assert where.view(4, tokens)[:, 0].tolist() == [3, 0, 0, 7]
+
+
+@needs_interpreter
+def test_what_modules_give_may_lie_anyhow() -> None:
+    """Products of padded weights are cut off, so their rows are further apart."""
+    from transnormer.ops.decode import triton_pointwise as kernels
+
+    g, u, x = torch.randn(3, 24)[:, :20], torch.randn(3, 22)[:, :20], torch.randn(3, 20)
+    product, total = g.relu() * u, x + u
+    normed = total / (total.square().mean(-1, keepdim=True) + 0.5).sqrt()
+    assert_close(kernels.product(g, u, "relu", overlap=False), product.double())
+    assert_close(kernels.add_norm(x, u, 0.5, overlap=False), normed.double())
+    assert_close(x, total.double())
 
 
 @needs_interpreter
@@ -182,6 +227,26 @@ def test_a_ring_rolled_back_too_far_shows_and_touches_nothing() -> None:
     assert torch.isnan(o[:2]).all()
     assert torch.equal(o[2], torch.zeros(32))
     assert all(torch.equal(x, y) for x, y in zip(ring, before, strict=True))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("ringed", [False, True], ids=["state", "ring"])
+def test_channels_that_no_head_has_add_nothing(ringed: bool) -> None:
+    """Kernels work in powers of two of channels, and a sigmoid of 0 is not 0."""
+    from transnormer.ops.decode import triton_pointwise as kernels
+    from transnormer.ops.decode import triton_ring_mix as rings
+
+    heads, dim = 2, 12
+    ring = RingState.empty(1, heads, dim, dim, capacity=4)
+    qkvu, where = torch.randn(1, 4 * heads * dim), torch.zeros(1, dtype=torch.int64)
+    q, k, v, _ = qkvu.double().view(4, heads, dim)
+    exact = (q.sigmoid() * k.sigmoid()).sum(-1, keepdim=True) * v
+    common = (torch.zeros(1, dtype=torch.int32), heads, "sigmoid", "none")
+    if ringed:
+        o = rings.ring_mix(qkvu, where, None, None, ring, *common, overlap=False)
+    else:
+        o = kernels.mix(qkvu, where, None, None, ring.state, *common, overlap=False)
+    assert_close(o[0], exact.flatten())
 
 
 @needs_interpreter

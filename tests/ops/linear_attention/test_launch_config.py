@@ -18,12 +18,41 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
         (64, 8192, 1),
         (128, 1 << 20, 1),
         (8, 1 << 20, 16),
+        (8, 32_768, 16),
+        (32, 8192, 4),
+        (32, 4096, 1),
     ],
 )
 def test_sequences_are_cut_where_heads_leave_processors_idle(
     rows: int, tokens: int, segments: int
 ) -> None:
     assert launch_config.segments_of(rows, tokens, Gpu()) == segments
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "segments", "pieces"),
+    [
+        (8, 32_768, 16, 1),
+        (32, 8192, 4, 1),
+        (8, 32_768, 8, 2),
+        (16, 8192, 4, 2),
+        (16, 131_072, 8, 4),
+    ],
+)
+def test_pieces_fill_the_processors_or_have_2048_tokens(
+    rows: int, tokens: int, segments: int, pieces: int
+) -> None:
+    assert launch_config.pieces_of(rows, tokens, segments, Gpu()) == pieces
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk"), [(22, 64), (32, 32), (64, 64), (66, 64), (88, 32), (128, 32)]
+)
+def test_backward_sweeps_share_processors_unless_rounds_of_one_each_are_fuller(
+    rows: int, chunk: int
+) -> None:
+    tiles = launch_config.sweep_tiles(128, 128, torch.bfloat16, rows, Gpu(), backward=True)
+    assert tiles.chunk == chunk
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,7 @@
 """The kernels of constant decay against the recurrence, in Triton's interpreter at toy sizes."""
 
+import math
+
 import pytest
 import torch
 from attention_cases import Inputs, check_forward, check_gradients, make_inputs
@@ -184,16 +186,23 @@ def test_more_segments_than_the_tokens_fill(
     check_gradients(inputs, FORM, reverse=reverse)
 
 
-@pytest.mark.parametrize("decay", [-0.12, -0.36, float("-inf")])
+@pytest.mark.parametrize(
+    ("decay", "reverse"), [(-0.12, False), (-0.36, False), (-1.0, True), (float("-inf"), False)]
+)
 def test_what_decays_over_segments_is_cut_off_without_a_trace(
-    decay: float, monkeypatch: pytest.MonkeyPatch
+    decay: float, reverse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Whatever the carry leaves out as forgotten has to stay below the limits of float32.
+    # Whatever the carry leaves out as forgotten has to stay below the limits of float32, and what
+    # was left out was not written.
+    fresh = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *given, **kind: fresh(*given, **kind).fill_(math.nan)
+    )
     force_segments(monkeypatch, 64)
     inputs = with_decay(one_row(193), torch.tensor([decay]))
     inputs = inputs._replace(initial_state=inputs.initial_state * 30)
-    check_forward(inputs, FORM)
-    check_gradients(inputs, FORM)
+    check_forward(inputs, FORM, reverse=reverse)
+    check_gradients(inputs, FORM, reverse=reverse)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,9 @@ def row_kernel(
 ):  # fmt: skip
     """As ``softmax_kernel``, with the row in registers from the one time that it is read.
 
-    It stays in 16 bits there; V is a multiple of 16, so that masks do not break up its reads.
+    It stays in 16 bits there; V is a multiple of 16, so that masks do not break up its reads. A tile
+    of rows is many times what the cache holds: what is left there of rows that are done only delays
+    the others (measured: an eighth of the time).
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -107,7 +109,9 @@ def row_kernel(
             tl.store(logits + at, tl.zeros([N], dtype=logits.dtype.element_ty), mask=live)
         return
     inside = (label >= 0) & (label < V)
-    z = tl.load(logits + at, mask=live, other=float("-inf"))
+    z = tl.load(
+        logits + at, mask=live, other=float("-inf"), eviction_policy="evict_first"
+    )  # fmt: skip
     chosen = tl.load(logits + label, mask=inside, other=float("nan")).to(tl.float32)
     peak = tl.max(z.to(tl.float32), 0)
     powers = tl.exp2(z.to(tl.float32) * _LOG2_E - peak * _LOG2_E)
@@ -115,7 +119,8 @@ def row_kernel(
     tl.store(losses + row, normalizer - chosen)
     if WITH_GRADIENT:
         gradient = tl.exp2(z.to(tl.float32) * _LOG2_E - normalizer * _LOG2_E)
-        tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=live)
+        gradient = gradient.to(logits.dtype.element_ty)
+        tl.store(logits + at, gradient, mask=live, eviction_policy="evict_first")
         # One number a row: a comparison of every column would be a third of the arithmetic.
         tl.debug_barrier()
         own = tl.exp2((chosen - normalizer) * _LOG2_E) - 1.0

@@ -1,4 +1,5 @@
-"""What the decode kernels share: activations by number, and the order of overlapping launches."""
+"""What the decode kernels share: activations by number, the end of a row's product, and the order of
+overlapping launches."""
 
 import functools
 from typing import Any
@@ -48,6 +49,27 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
     """
     if OVERLAP:
         gdc_wait()
+
+
+@triton.jit
+def finish_row(
+    out, up, square, rows, residual, y, eps, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Store entries of a row from its products: normed, multiplied or added to.
+
+    Rounded where the products of the model in PyTorch are.
+    """
+    factor = 1.0
+    if NORM:
+        factor = 1.0 / tl.sqrt(square / K + eps)
+    out = (out * factor).to(y.dtype.element_ty).to(tl.float32)
+    if DOUBLE:
+        up = (up * factor).to(y.dtype.element_ty).to(tl.float32)
+        out = activated(out, ACTIVATION).to(y.dtype.element_ty).to(tl.float32) * up
+    if ADD:
+        out += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < N)
 
 
 @functools.cache

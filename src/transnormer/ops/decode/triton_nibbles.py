@@ -2,7 +2,7 @@
 
     W_nk = (q_nk - 8) scale_ng + zero_ng,  q_nk from 0 to 15, g the group of column k
 
-``triton_projection.project`` for such a matrix: what is read is 4 bits a weight and 32 a group.
+For ``triton_projection.project``: what is read is 4 bits a weight and 32 a group.
 Eight integers share a word. Masked where they lie, the bits of one are a float32 as they are: the
 bits below 2^24 of a float32 are a number of steps of 2^-149. The power of two that this leaves is
 in the row's entry that it is multiplied with, so a weight costs a mask and a multiply-add, exactly.
@@ -16,15 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transnormer.ops.decode.tiles import tile_of_nibbles
 from transnormer.ops.decode.triton_launch import (
     activated,
+    finish_row,
     let_next_begin,
-    number_of,
-    run,
     wait_for_inputs,
 )
-from transnormer.ops.decode.triton_projection import finish_row
 
 _LEAST_GROUP = 32
 # Arguments stand in lines as they belong together.
@@ -58,11 +55,11 @@ def load_pairs(pairs, rows, groups, N: tl.constexpr, GROUPS: tl.constexpr, EVEN:
 
 @triton.jit
 def weighed(sums, pairs, total):
-    """scale (2^44 sums - 8 total) + zero total, [groups, rows, words], by the groups' pairs."""
+    """scale (2^85 sums - 8 total) + zero total, [groups, rows, words], by the groups' pairs."""
     scale = (pairs << 16).to(tl.float32, bitcast=True)
     zero = (pairs & -65536).to(tl.float32, bitcast=True)
     zero -= 8.0 * scale
-    scale *= 2.0 ** 44
+    scale *= 2.0 ** 85
     return sums * scale[:, :, None] + total[:, None, :] * zero[:, :, None]
 
 
@@ -119,8 +116,9 @@ def nibbles_kernel(
                 u = tl.load(gate + column, mask=inside, other=0.0).to(tl.float32)
                 a *= activated(u, GATE_ACTIVATION).to(gate.dtype.element_ty).to(tl.float32)
             total += a
-            # Up to 2^105, which leaves room for inputs of millions.
-            a *= 2.0 ** (105 - (4 * i if i < 6 else 4 * i - 8))
+            # Up to 2^64: what is normed only afterwards grows with the context. Inputs up to 2^64,
+            # beyond which their squares overflow too, and down to 2^-41 keep all their bits.
+            a *= 2.0 ** (64 - (4 * i if i < 6 else 4 * i - 8))
             part += entry_of(now, i) * a[:, None, :]
             if DOUBLE:
                 part2 += entry_of(now2, i) * a[:, None, :]
@@ -166,32 +164,3 @@ def pack(ints: Tensor, scales: Tensor, zeros: Tensor) -> Nibbles | None:
         words |= parts[:, :, i] << 4 * i
     low, high = (x.contiguous().view(torch.int16).to(torch.int32) for x in (scales, zeros))
     return Nibbles(words.flatten(1), (low & 0xFFFF) | high << 16, group)
-
-
-def project(
-    x: Tensor,
-    weight: Nibbles,
-    *,
-    second: Nibbles | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    eps: float | None = None,
-    activation: str = "none",
-    gate_activation: str = "none",
-    overlap: bool = False,
-) -> Tensor:
-    """``triton_projection.project`` for a weight of 4 bits; the same arguments."""
-    (outputs, inputs), other = weight.words.shape, weight if second is None else second
-    inputs *= 8
-    y = x.new_empty(1, outputs) if residual is None else residual
-    tile = tile_of_nibbles(outputs, inputs, second is not None)
-    run(
-        nibbles_kernel, -(-outputs // tile.rows), x, x, x if gate is None else gate, weight.words,
-        other.words, weight.pairs, other.pairs, y, y, 0.0 if eps is None else eps,
-        N=outputs, K=inputs, GROUP=weight.group, BLOCK_N=tile.rows,
-        BLOCK_G=max(tile.columns * 8 // weight.group, 1), NORM=eps is not None, GATED=gate is not None,
-        GATE_ACTIVATION=number_of(gate_activation), DOUBLE=second is not None,
-        ACTIVATION=number_of(activation), ADD=residual is not None, overlap=overlap,
-        num_warps=tile.warps,
-    )
-    return y

@@ -42,9 +42,9 @@ def rounded(x, like):
     return x.to(like.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def begin_kernel(
-    ids, slots, table, positions, x, where, scale,
+    ids, slots, table, positions, x, where, scale, num_slots,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """A row and token: its embedding and its position, which goes on where a row has one token."""
@@ -53,24 +53,27 @@ def begin_kernel(
     program = tl.program_id(0)
     row, token = program // TOKENS, program % TOKENS
     slot = tl.load(slots + row).to(tl.int64)
-    start = tl.load(positions + tl.maximum(slot, 0))
-    tl.store(where + program, tl.where(slot >= 0, start + token, 0))
+    known = (slot >= 0) & (slot < num_slots)
+    start = tl.load(positions + slot, mask=known, other=0)
+    tl.store(where + program, tl.where(known, start + token, 0))
     if TOKENS == 1:
-        tl.store(positions + slot, start + 1, mask=slot >= 0)
+        tl.store(positions + slot, start + 1, mask=known)
     source = table + tl.load(ids + program).to(tl.int64) * D
     columns = tl.arange(0, BLOCK_D)
     value = tl.load(source + columns, mask=columns < D, other=0.0).to(tl.float32) * scale
     tl.store(x + program.to(tl.int64) * D + columns, value.to(x.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
-def move_on_kernel(slots, positions, rows, tokens, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+@triton.jit(do_not_specialize=["num_slots"])
+def move_on_kernel(
+    slots, positions, rows, tokens, num_slots, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """Positions of the slots go on by several tokens, whose programs have all read them."""
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
     row = tl.arange(0, BLOCK)
     slot = tl.load(slots + row, mask=row < rows, other=-1).to(tl.int64)
-    live = slot >= 0
+    live = (slot >= 0) & (slot < num_slots)
     start = tl.load(positions + slot, mask=live, other=0)
     tl.store(positions + slot, start + tokens, mask=live)
 
@@ -145,7 +148,8 @@ def turned(
     own = channels % HEAD_DIM
     inside = channels < (2 * HEAD_DIM if LRPE else HEAD_DIM)
     value = tl.load(x + own, mask=inside, other=0.0).to(tl.float32)
-    value = rounded(activated(value, ACTIVATION), x)
+    # A sigmoid of nothing is not 0.
+    value = tl.where(inside, rounded(activated(value, ACTIVATION), x), 0.0)
     if LRPE:
         frequencies = tl.load(theta + own, mask=inside, other=0.0)
         cos, sin = turn(position + tl.zeros([1], tl.int64), frequencies)
@@ -282,22 +286,22 @@ def begin(
     where = positions.new_empty(rows * tokens)
     run(
         begin_kernel, rows * tokens, x, ids, slots, table, positions, x, where, scale,
-        D=width, BLOCK_D=block_of(width), TOKENS=tokens, overlap=overlap, num_warps=4,
+        len(positions), D=width, BLOCK_D=block_of(width), TOKENS=tokens, overlap=overlap, num_warps=4,
     )
     if tokens > 1:
         run(
-            move_on_kernel, 1, x, slots, positions, rows, tokens, BLOCK=block_of(rows),
-            overlap=overlap, num_warps=4,
+            move_on_kernel, 1, x, slots, positions, rows, tokens, len(positions),
+            BLOCK=block_of(rows), overlap=overlap, num_warps=4,
         )
     return x, where
 
 
 def add_norm(x: Tensor, y: Tensor | None, eps: float, *, overlap: bool) -> Tensor:
-    """x + y normed, [rows, dim]; the sum replaces x."""
+    """x + y normed, [rows, dim]; the sum replaces x, which is contiguous."""
     rows, width = x.shape
     made = torch.empty_like(x)
     run(
-        add_norm_kernel, rows, x, x, x if y is None else y, made, eps, D=width,
+        add_norm_kernel, rows, x, x, x if y is None else y.contiguous(), made, eps, D=width,
         BLOCK_D=block_of(width), ADD=y is not None, overlap=overlap, num_warps=4,
     )
     return made
@@ -334,7 +338,9 @@ def norm_gate(
 
 
 def product(g: Tensor, u: Tensor, activation: str, *, overlap: bool) -> Tensor:
-    """act(g) * u of two contiguous tensors; the result replaces g."""
+    """act(g) * u; the result replaces g where that is contiguous."""
+    # Products of padded weights end in columns that were cut off.
+    g, u = g.contiguous(), u.contiguous()
     run(
         product_kernel, -(-g.numel() // 1024), g, g, u, g, g.numel(), BLOCK=1024,
         ACTIVATION=number_of(activation), overlap=overlap, num_warps=4,

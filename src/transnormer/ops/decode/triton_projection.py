@@ -6,25 +6,27 @@ A few rows are bound by reading W, [N, K] with a contiguous last dim, once. A pr
 rows of it and walks over K, the next tiles on their way while this one is multiplied: a single row
 by multiply-adds, several by tensor cores, with W's rows as theirs. The norm is a number for a whole
 row: the sum of squares is formed on the way, in every program, and divides the products at the end.
-For a single row W may be int8 with a scale a row, which comes in at the end too, and there may be a
-gate. Products and sums are float32.
+For a single row W may be int8 with a scale a row, which comes in at the end too, or of 4 bits
+(``triton_nibbles``), and there may be a gate. Products and sums are float32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from transnormer.ops.decode.tiles import RowsTile, tile_of, tile_of_rows
+from transnormer.ops.decode.tiles import RowsTile, tile_of, tile_of_nibbles, tile_of_rows
 from transnormer.ops.decode.triton_launch import (
     activated,
+    finish_row,
     let_next_begin,
     number_of,
     run,
     wait_for_inputs,
 )
+from transnormer.ops.decode.triton_nibbles import Nibbles, nibbles_kernel
 from transnormer.ops.linear_attention.launch_config import block_of
 from transnormer.ops.linear_attention.triton_runtime import arithmetic
 
@@ -56,27 +58,6 @@ def ask_for(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
         is_pure=False, pack=1,
     )
-
-
-@triton.jit
-def finish_row(
-    out, up, square, rows, residual, y, eps, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-    DOUBLE: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
-):
-    """Store entries of a row from its products: normed, multiplied or added to.
-
-    Rounded where the products of the model in PyTorch are.
-    """
-    factor = 1.0
-    if NORM:
-        factor = 1.0 / tl.sqrt(square / K + eps)
-    out = (out * factor).to(y.dtype.element_ty).to(tl.float32)
-    if DOUBLE:
-        up = (up * factor).to(y.dtype.element_ty).to(tl.float32)
-        out = activated(out, ACTIVATION).to(y.dtype.element_ty).to(tl.float32) * up
-    if ADD:
-        out += tl.load(residual + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < N)
 
 
 @triton.jit
@@ -222,9 +203,9 @@ class Matrix(NamedTuple):
 
 def project(
     x: Tensor,
-    weight: Matrix,
+    weight: Matrix | Nibbles,
     *,
-    second: Matrix | None = None,
+    second: Matrix | Nibbles | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     eps: float | None = None,
@@ -237,7 +218,7 @@ def project(
     Args:
         x: [1, K], contiguous.
         weight: of N outputs.
-        second: one like ``weight``, whose product multiplies the activated first one.
+        second: one of the same kind, whose product multiplies the activated first one.
         gate: [1, K] with a contiguous last dim; multiplies x.
         residual: [1, N]; the result is added to it, in its place.
         eps: of the norm x / sqrt(mean(x^2) + eps) before gate and products; None is no norm.
@@ -245,20 +226,28 @@ def project(
         gate_activation: of the gate.
         overlap: let the kernel begin before those ahead of it have ended.
     """
-    outputs, inputs = weight.values.shape
-    other = weight if second is None else second
-    scaled = weight.scales is not None
-    scales = [m.scales if m.scales is not None else x for m in (weight, other)]
+    other, double, inputs = weight if second is None else second, second is not None, x.shape[1]
+    own: dict[str, Any]
+    if isinstance(weight, Nibbles) and isinstance(other, Nibbles):
+        outputs, group = len(weight.words), weight.group
+        tile, kernel = tile_of_nibbles(outputs, inputs, double), nibbles_kernel
+        weights = (weight.words, other.words, weight.pairs, other.pairs)
+        own = {"GROUP": group, "BLOCK_G": max(tile.columns * 8 // group, 1)}
+    else:
+        assert isinstance(weight, Matrix)
+        assert isinstance(other, Matrix)
+        outputs, size = len(weight.values), weight.values.element_size()
+        tile, kernel = tile_of(outputs, inputs, size, double), projection_kernel
+        scales = (m.scales if m.scales is not None else x for m in (weight, other))
+        weights = (weight.values, other.values, *scales)
+        own = {"BLOCK_K": tile.columns, "SCALED": weight.scales is not None, "AHEAD": tile.ahead}
     y = x.new_empty(1, outputs) if residual is None else residual
-    double = second is not None
-    tile = tile_of(outputs, inputs, weight.values.element_size(), double)
     run(
-        projection_kernel, -(-outputs // tile.rows), x, x, x if gate is None else gate, weight.values,
-        other.values, *scales, y, y, 0.0 if eps is None else eps,
-        N=outputs, K=inputs, BLOCK_N=tile.rows, BLOCK_K=tile.columns, SCALED=scaled, NORM=eps is not None,
-        GATED=gate is not None, GATE_ACTIVATION=number_of(gate_activation),
-        DOUBLE=double, ACTIVATION=number_of(activation), ADD=residual is not None,
-        AHEAD=tile.ahead, overlap=overlap, num_warps=tile.warps,
+        kernel, -(-outputs // tile.rows), x, x, x if gate is None else gate, *weights, y, y,
+        0.0 if eps is None else eps, N=outputs, K=inputs, BLOCK_N=tile.rows, NORM=eps is not None,
+        GATED=gate is not None, GATE_ACTIVATION=number_of(gate_activation), DOUBLE=double,
+        ACTIVATION=number_of(activation), ADD=residual is not None, overlap=overlap,
+        num_warps=tile.warps, **own,
     )
     return y
 

@@ -76,7 +76,7 @@ def ring_mix_kernel(
     # Both in one tile: of tensors smaller than a program every warp would form all entries.
     own, pair = channels % HEAD_DIM, tl.arange(0, 2)[None, :] * (H * HEAD_DIM)
     qk = tl.load(source + own[:, None] + pair, mask=in_k[:, None], other=0.0).to(tl.float32)
-    qk = rounded(activated(qk, ACTIVATION), qkvu)
+    qk = tl.where(in_k[:, None], rounded(activated(qk, ACTIVATION), qkvu), 0.0)
     if LRPE:
         frequencies = tl.load(theta + h * HEAD_DIM + own, mask=in_k, other=0.0)
         cos, sin = turn(position + tl.zeros([1], tl.int64), frequencies)

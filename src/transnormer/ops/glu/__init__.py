@@ -68,13 +68,13 @@ def gated_projection(
     Source: Qin et al. 2023, arXiv:2307.14995, section 3.1 (SGLU); Shazeer 2020, arXiv:2002.05202.
 
     Args:
-        joint: [..., 2 * hidden_dim], a floating dtype, as one projection makes it.
-        weight: [model_dim, hidden_dim] in joint's dtype.
+        joint: [..., 2 * hidden_dim], a floating dtype, as one projection makes it; autocast casts it.
+        weight: [model_dim, hidden_dim] in joint's dtype; autocast casts it.
         silu: of a.
         implementation: "auto", "triton" or "torch".
 
     Returns:
-        o, [..., model_dim].
+        o, [..., model_dim] in joint's dtype, under autocast in that one.
 
     Raises:
         ValueError: shapes, an unknown implementation.
@@ -84,6 +84,8 @@ def gated_projection(
     checks.check_tensor("joint", joint)
     checks.check_tensor("weight", weight)
     checks.check_float("joint", joint)
+    checks.check_float("weight", weight)
+    joint, weight = (x.to(checks.autocast_dtype(x)) for x in (joint, weight))
     if joint.dim() < 2 or joint.shape[-1] == 0 or joint.shape[-1] % 2:
         raise ValueError(
             f"joint has shape {list(joint.shape)}; expected [..., 2 * hidden_dim], two parts"

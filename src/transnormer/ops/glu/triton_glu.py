@@ -72,7 +72,7 @@ def forward(joint: Tensor, weight: Tensor, silu: bool) -> Tensor:
             C=_WIDTH, num_warps=_WARPS,
         )  # fmt: skip
         o = y @ weight.mT
-    return o.view(*joint.shape[:-1], -1)
+    return o.view(*joint.shape[:-1], weight.shape[0])
 
 
 def backward(grad: Tensor, joint: Tensor, weight: Tensor, silu: bool) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,29 @@ from transnormer.ops import checks, kernel_ops
 from transnormer.ops.dispatch import Implementation, choose
 from transnormer.ops.kernel_devices import why_not_named
 from transnormer.ops.kernel_ops import Form
-from transnormer.ops.linear_attention import linear_attention
+from transnormer.ops.linear_attention import constant_decay, linear_attention
 from transnormer.ops.norm import rms_norm
 
 # Of a head in linear attention's kernels, and of a whole row in those beside them.
 _LARGEST_HEAD, _LARGEST_WIDTH = 256, 16_384
 
 
+def _kept_states(joint, cu_seqlens, heads, head_dim):
+    """Room for the states that enter the segments of rows; none where a row is one, or packed."""
+    units = 0
+    if cu_seqlens is None:
+        plan = constant_decay.plan(joint, heads, None)
+        units = plan.units if plan.carried else 0
+    return joint.new_empty(units, heads, head_dim, head_dim, dtype=torch.float32)
+
+
 def _fake(joint, log_decay, cu_seqlens, head_dim, eps):
     *rows, width = joint.shape
-    return tuple(joint.new_empty(*rows, width // parts) for parts in (4, 4, 2))
+    states = _kept_states(joint, cu_seqlens, width // (4 * head_dim), head_dim)
+    return (*(joint.new_empty(*rows, width // parts) for parts in (4, 4, 2)), states)
 
 
-def _fake_backward(grad, joint, o, active, log_decay, cu_seqlens, head_dim, eps):
+def _fake_backward(grad, joint, o, active, states, log_decay, cu_seqlens, head_dim, eps):
     return joint.new_empty(joint.shape)
 
 
@@ -45,9 +55,10 @@ _ARGUMENTS = "Tensor? log_decay, Tensor? cu_seqlens, int head_dim, float eps"
 kernel_ops.define(
     "joint_attention",
     "transnormer.ops.joint_attention.triton_joint",
-    Form(f"(Tensor joint, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake),
+    Form(f"(Tensor joint, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake),
     Form(
-        f"(Tensor grad, Tensor joint, Tensor o, Tensor active, {_ARGUMENTS}) -> Tensor",
+        "(Tensor grad, Tensor joint, Tensor o, Tensor active, Tensor states, "
+        f"{_ARGUMENTS}) -> Tensor",
         _fake_backward,
     ),
     _setup_context,
@@ -116,13 +127,13 @@ def joint_attention(
 
     joint is [q, k, v, u] beside each other, as one projection makes them; norm(x) is
     x / sqrt(mean(x^2) + eps) over all heads. What lies between products and attention is computed in
-    float32. "triton" keeps joint, silu(q), silu(k) and o for the backward pass, which writes all
-    parts of the gradient of joint at their places. No gradient of log_decay, no
-    states: those need ``linear_attention`` itself. Source: Qin et al. 2023, arXiv:2307.14995,
-    section 3.1; the released code has the activations.
+    float32. "triton" keeps joint, silu(q), silu(k), o and the states that enter the segments of long
+    rows for the backward pass, which writes all parts of the gradient of joint at their places. No
+    gradient of log_decay, no states: those need ``linear_attention`` itself. Source: Qin et al. 2023,
+    arXiv:2307.14995, section 3.1; the released code has the activations.
 
     Args:
-        joint: [batch, seq, 4 * heads * head_dim], a floating dtype.
+        joint: [batch, seq, 4 * heads * head_dim], a floating dtype; autocast casts it.
         log_decay: None or [heads], at most 0.
         head_dim: of q, k and v.
         eps: of the norm.
@@ -130,7 +141,7 @@ def joint_attention(
         implementation: "auto", "triton" or "torch".
 
     Returns:
-        y, [batch, seq, heads * head_dim] in joint's dtype.
+        y, [batch, seq, heads * head_dim] in joint's dtype, under autocast in that one.
 
     Raises:
         ValueError: shapes, a device, an unknown implementation.
@@ -142,6 +153,7 @@ def joint_attention(
     checks.check_tensor("cu_seqlens", cu_seqlens, optional=True)
     checks.check_rank("joint", joint, "batch seq width")
     checks.check_float("joint", joint)
+    joint = joint.to(checks.autocast_dtype(joint))
     if head_dim < 1 or joint.shape[-1] % (4 * head_dim) or joint.shape[-1] == 0:
         raise ValueError(
             f"joint has shape {list(joint.shape)}; expected a width that is a multiple of 4 "
@@ -167,4 +179,6 @@ def joint_attention(
         named=implementation == "triton",
     )
     row: Any = choose("joint_attention", IMPLEMENTATIONS, request, implementation)
-    return row.run(joint, log_decay, cu_seqlens, head_dim, eps)
+    # Autocast has done its part.
+    with checks.no_autocast(joint.device.type):
+        return row.run(joint, log_decay, cu_seqlens, head_dim, eps)

@@ -5,7 +5,8 @@
     n = dy u;  du = dy r o;  do = r n - o r^3 mean(o n);  dq = da silu'(q), dk = db silu'(k)
 
 with silu'(x) = s + x s (1 - s), s = sigmoid(x). Every part of the joint gradient is written at its
-place, so that nothing is copied together. Everything is computed in float32. Source: Qin et al. 2023, arXiv:2307.14995, section 3.1.
+place, so that nothing is copied together: da and db by attention's kernels, then silu' in place.
+Everything is computed in float32. Source: Qin et al. 2023, arXiv:2307.14995, section 3.1.
 
 Legend: h the width of q, k, v and u; W a power of two that holds it.
 """
@@ -68,23 +69,17 @@ def norm_gate_backward_kernel(
 
 
 @triton.jit
-def join_kernel(joint, dq, dk, dv, d_joint, joint_row, h, C: tl.constexpr):
-    """Blocks of dq, dk or dv at their places in the joint gradient."""
-    blocks = tl.cdiv(h, C)
-    program = tl.program_id(0)
-    row = (program // (3 * blocks)).to(tl.int64)
-    part = program // blocks % 3
-    at = program % blocks * C + tl.arange(0, C)
-    live = at < h
-    where = d_joint + row * (4 * h) + part * h + at
-    if part == 2:
-        tl.store(where, tl.load(dv + row * h + at, mask=live, other=0.0), mask=live)
-    else:
-        source = dq if part == 0 else dk
-        g = tl.load(source + row * h + at, mask=live, other=0.0).to(tl.float32)
-        x = tl.load(joint + row * joint_row + part * h + at, mask=live, other=0.0).to(tl.float32)
-        s = tl.sigmoid(x)
-        tl.store(where, (g * (s + x * s * (1.0 - s))).to(d_joint.dtype.element_ty), mask=live)
+def silu_backward_kernel(joint, d_joint, joint_row, h, C: tl.constexpr):
+    """Blocks of da and db in the first two parts of the joint gradient become dq and dk."""
+    blocks = tl.cdiv(2 * h, C)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * C + tl.arange(0, C)
+    live = at < 2 * h
+    x = tl.load(joint + row * joint_row + at, mask=live, other=0.0).to(tl.float32)
+    where = d_joint + row * (4 * h) + at
+    g = tl.load(where, mask=live, other=0.0).to(tl.float32)
+    s = tl.sigmoid(x)
+    tl.store(where, (g * (s + x * s * (1.0 - s))).to(d_joint.dtype.element_ty), mask=live)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -93,11 +88,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _parts(active: Tensor, joint: Tensor, head_dim: int) -> list[Tensor]:
-    """silu(q), silu(k) and v, [batch, seq, heads, head_dim], as views."""
+def _parts(active: Tensor, joint: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first two parts of ``active`` and the third of ``joint`` as heads, views."""
     h = joint.shape[-1] // 4
-    parts = active[..., :h], active[..., h:], joint[..., 2 * h : 3 * h]
-    return [x.unflatten(-1, (-1, head_dim)) for x in parts]
+    q, k, v = active[..., :h], active[..., h : 2 * h], joint[..., 2 * h : 3 * h]
+    heads = (-1, head_dim)
+    return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
 
 
 def _warps(width: int) -> int:
@@ -107,8 +103,8 @@ def _warps(width: int) -> int:
 
 def forward(
     joint: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, head_dim: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y and o, [batch, seq, h], and silu(q) and silu(k) beside each other."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y and o, [batch, seq, h], silu(q) and silu(k) beside each other, and states to keep."""
     h = joint.shape[-1] // 4
     with device_of(joint):
         rows = _rows(joint)
@@ -118,14 +114,19 @@ def forward(
             h, C=_WIDTH, num_warps=_WARPS,
         )  # fmt: skip
         q, k, v = _parts(active, joint, head_dim)
-        o, _ = triton_launch.forward(q, k, v, log_decay, None, cu_seqlens, 1.0, False)
+        o, _, states = triton_launch.forward_and_states(
+            q, k, v, log_decay, None, cu_seqlens, 1.0, False
+        )
+        if states is None or cu_seqlens is not None:
+            # Documents have no bound on their number but the tokens': theirs are made again.
+            states = o.new_empty(0, *o.shape[2:], head_dim, dtype=torch.float32)
         o = o.flatten(2)
         y, width = torch.empty_like(o), block_of(h, 1)
         launch(
             norm_gate_kernel, rows.shape[0], o, rows, y, rows.stride(0), h, eps, W=width,
             num_warps=_warps(width),
         )  # fmt: skip
-    return y, o, active
+    return y, o, active, states
 
 
 def backward(
@@ -133,6 +134,7 @@ def backward(
     joint: Tensor,
     o: Tensor,
     active: Tensor,
+    states: Tensor,
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     head_dim: int,
@@ -151,11 +153,12 @@ def backward(
         )  # fmt: skip
         q, k, v = _parts(active, joint, head_dim)
         d_o = d_o.unflatten(-1, (-1, head_dim))
-        dq, dk, dv, _, _ = triton_launch.backward(
-            d_o, None, q, k, v, log_decay, None, cu_seqlens, 1.0, False, False, False
-        )
+        triton_launch.backward(
+            d_o, None, q, k, v, log_decay, None, cu_seqlens, 1.0, False, False, False,
+            into=_parts(d_joint, d_joint, head_dim), states=states if len(states) else None,
+        )  # fmt: skip
         launch(
-            join_kernel, rows.shape[0] * 3 * -(-h // _WIDTH), rows, dq, dk, dv, d_joint,
+            silu_backward_kernel, rows.shape[0] * -(-2 * h // _WIDTH), rows, d_joint,
             rows.stride(0), h, C=_WIDTH, num_warps=_WARPS,
         )  # fmt: skip
     return d_joint

@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     length: int
     segments: int  # of each sequence; 0 where sequences are packed
     carried: bool  # whether a state passes from unit to unit
+    pieces: int = 1  # of each unit, to sum what it adds to the state
 
 
 @cache
@@ -48,8 +49,9 @@ def plan(k: Tensor, heads: int, cu_seqlens: Tensor | None) -> Plan:
     segments = launch_config.segments_of(batch * heads, seq, gpu)
     if segments == 1:
         return Plan(batch, seq, 1, False)
-    step = segments * 64 * launch_config.PIECES
-    return Plan(batch * segments, -(-seq // step) * 64 * launch_config.PIECES, segments, True)
+    pieces = launch_config.pieces_of(batch * heads, seq, segments, gpu)
+    length = -(-seq // (segments * pieces * 64)) * pieces * 64
+    return Plan(batch * segments, length, segments, True, pieces)
 
 
 constant_decay_attention = define_attention("constant_decay_attention", "triton_launch")

@@ -42,7 +42,7 @@ def sweep_tiles(
     The state of a program, value_block x key_block in float32, lies in its registers; the tiles of
     the ``stages`` chunks under way lie in shared memory. Chunks of 32 leave room for two programs
     a processor, which hide each other's waits; chunks of 64 take fewer steps where there is but
-    one. float32 products are three tf32 products each, whose operands need registers.
+    one. A backward pass has three sweeps a row. float32 products are three tf32 products each, whose operands need registers.
 
     The backward pass of scalar gates (gated) loads one more tile of keys and one of a state a
     chunk, and writes a state a chunk, so that long chunks mean less to write.
@@ -61,7 +61,13 @@ def sweep_tiles(
     if block <= 64:
         return Tiles(64, block, min(values, 64), 4, 3 if backward else 4)
     if block == 128:
-        alone = rows * -(-value_dim // 64) <= gpu.processors
+        programs = rows * -(-value_dim // 64) * (3 if backward else 1)
+        alone = programs <= gpu.processors
+        if backward:
+            # Measured: alone on a processor, a program takes three fifths of the time that each of
+            # two takes; so it matters how full the last round of programs is.
+            rounds, of_two = -(-programs // gpu.processors), -(-programs // (2 * gpu.processors))
+            alone = 3 * rounds < 5 * of_two
         if alone and gpu.shared_memory >= 131_072:
             # Measured: the masks and factors of scalar gates fit in registers at chunks of 32 only.
             return Tiles(32 if gated else 64, block, min(values, 64), 4, 3)
@@ -73,11 +79,7 @@ def sweep_tiles(
     return Tiles(16, block, 16, 8, 2)
 
 
-# What a segment adds to the state is summed in so many pieces, each by a program of its own.
-PIECES = 4
-
-
-def local_state_tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
+def local_state_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
     """Tiles of the kernel that sums what a segment adds to the state; key_dim up to 256."""
     block, values = block_of(key_dim), block_of(value_dim)
     if dtype == torch.float32:
@@ -87,7 +89,9 @@ def local_state_tiles(key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles
     if block <= 64:
         return Tiles(64, block, min(values, 64), 4, 3)
     if block == 128:
-        return Tiles(64, block, min(values, 128), 8 if values >= 128 else 4, 3)
+        # Registers hold one program a processor, whose waits only its own loads can hide.
+        stages = 4 if gpu.shared_memory >= 147_456 else 3
+        return Tiles(64, block, min(values, 128), 8 if values >= 128 else 4, stages)
     return Tiles(64, block, min(values, 64), 8, 2)
 
 
@@ -104,17 +108,33 @@ def segments_of(rows: int, tokens: int, gpu: Gpu) -> int:
 
     One program works on one head of one segment. Segments cost two more launches and a second read
     of the tokens whose state they hand on (fewer where decay is strong), so there are as many as
-    give each processor work, two programs each where segments are long, none of less than 1,024
-    tokens, and never two: half the length does not pay for the pass before. Powers of two: few
-    cases.
+    give each processor work, two programs each where they have 2,048 tokens, none of less than
+    1,024 tokens, and never two: half the length does not pay for the pass before. Powers of two:
+    few cases.
     """
     segments = 1
     while segments * 2 * 1024 <= tokens:
-        full = gpu.processors if tokens >= segments * 2 * 4096 else gpu.processors // 2
+        full = gpu.processors if tokens >= segments * 2 * 2048 else gpu.processors // 2
         if segments * 2 * rows > full:
             break
         segments *= 2
     return segments if segments > 2 else 1
+
+
+def pieces_of(rows: int, tokens: int, segments: int, gpu: Gpu) -> int:
+    """Pieces of a segment, each of which a program sums for the state that the segment hands on.
+
+    A piece costs a state written and read. So there are as many as have a processor each (the last
+    segments hand nothing on), or 2,048 tokens each: then it is little, and evens out that strong
+    decay lets many programs skip most of their tokens. At most 4.
+    """
+    pieces = 1
+    while pieces < 4:
+        programs = rows * (segments - 1) * pieces * 2
+        if programs > gpu.processors and tokens < segments * pieces * 2 * 2048:
+            break
+        pieces *= 2
+    return pieces
 
 
 def packed_length(heads: int, tokens: int, gpu: Gpu) -> int:

@@ -144,8 +144,8 @@ def select(kind, a, b, c):
 @triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
 def backward_kernel(
     q, k, v, do, log_decay, entry, grad_entry, dq, dk, dv, d_initial, d_gates, chunk_states, table,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head, T, L,
-    SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
+    out_token, T, L, SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
     COUNT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr, ENTRY: tl.constexpr, GRAD_ENTRY: tl.constexpr, D_INITIAL: tl.constexpr,
     D_GATES: tl.constexpr, DECAY: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
@@ -156,7 +156,8 @@ def backward_kernel(
 
     The programs of one unit and head lie side by side: those of k and v walk the same tokens of q
     and do at the same time, so that one of them finds them in the L2 cache. k's and v's gradients
-    are written for each query head. D and E are the dims of the sweeps: (V, K) for q's and k's,
+    are written for each query head. Tokens of dq, dk and dv, heads side by side, lie out_token
+    apart. D and E are the dims of the sweeps: (V, K) for q's and k's,
     (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states.
 
     With gates q's gradient is a launch of its own, after the others. D_GATES: k's writes the
@@ -186,7 +187,8 @@ def backward_kernel(
     k_at = k + row * k_batch + at * k_token + kv_head * k_head
     v_at = v + row * v_batch + at * v_token + kv_head * v_head
     do_at = do + row * do_batch + at * do_token + query_head * do_head
-    out_at = (row * T + at) * H + query_head
+    out_token = tl.cast(out_token, tl.int64)
+    out_at = (row * T + at) * out_token + query_head * E
     q_token, k_token = (
         tl.cast(q_token, tl.int64) * direction,
         tl.cast(k_token, tl.int64) * direction,
@@ -197,7 +199,7 @@ def backward_kernel(
     a = select(kind, do_at, v_at, k_at)
     b = select(kind, v_at, do_at, q_at)
     c = select(kind, k_at, q_at, do_at)
-    o = select(kind, dq, dk, dv) + out_at * E
+    o = select(kind, dq, dk, dv) + out_at
     a_token = select(kind, do_token, v_token, k_token)
     b_token = select(kind, v_token, do_token, q_token)
     c_token = select(kind, k_token, q_token, do_token)
@@ -222,7 +224,7 @@ def backward_kernel(
     row_scale, key_scale, shift = scale, 1.0, 0
     if kind != 0:
         row_scale, key_scale, shift = 1.0, scale, 1
-    o_token = tl.cast(H, tl.int64) * E * direction
+    o_token = out_token * direction
     if DECAY == "gates":
         AGAINST: tl.constexpr = FIRST > 0
         sums = log_decay + ((row * kv_heads + kv_head) * T + at) * PARTS
@@ -262,8 +264,9 @@ def local_state_kernel(
 ):
     """What each unit adds to the state: sum of exp(g * distance) scale k_j v_j^T, [units, H, K, V].
 
-    Only the last tokens count, as many as float32 can still see behind their decay. The unit at
-    which the walk ends (its PIECES, see carry_kernel) is left out: no other one needs it. k and v
+    Only the last tokens count, as many as float32 can still see behind their decay; a piece that
+    has none of them in its unit is left out. The unit at which the walk ends (its PIECES, see
+    carry_kernel) is left out too: no other one needs it. k and v
     have H heads; the log_decay of head h is at h // G. With gates all tokens are read, and what
     decays a state on its way through the unit is written too, its log in decays [units, H].
     """
@@ -302,6 +305,14 @@ def local_state_kernel(
         tl.store(decays + index, total, mask=program % SLICES == 0)
         return
     g = load_decay(log_decay, head // G, DECAY == "constant")
+    if PIECES > 1:
+        # Tokens between the piece and its unit's end.
+        before = (unit % PIECES) * L
+        behind = tl.minimum((PIECES - 1) * L - before, tl.maximum(T - start - length, 0))
+        if REVERSE:
+            behind = tl.minimum(before, tl.maximum(T - start + before, 0))
+        if (behind > 0) & (g * tl.maximum(behind, 1).to(tl.float32) < -_FORGOTTEN):
+            return
     # The first chunk that is not forgotten at the unit's end.
     window = tl.maximum(length, 1).to(tl.float32)
     if g * window < -_FORGOTTEN:
@@ -359,30 +370,44 @@ def carry_kernel(
         begin = tl.load(first_unit + sequence)
         count = tl.load(first_unit + sequence + 1) - begin
     else:
-        begin, count = sequence * SEGMENTS, tl.cast(SEGMENTS, tl.int64)
+        begin = sequence * (SEGMENTS // PIECES)
+        count = tl.cast(SEGMENTS // PIECES, tl.int64)
     g = load_decay(log_decay, head // G, DECAY == "constant")
     carry = tl.zeros([BLOCK], dtype=tl.float32)
     if INITIAL:
         index = sequence * (H // INITIAL_GROUP) + head // INITIAL_GROUP
         owner = inside & (head % INITIAL_GROUP == 0)
         carry = tl.load(initial + index * (K * V) + entries, mask=owner, other=0.0)
-    for i in range(0, count):
+    pieces = tl.arange(0, PIECES)
+    # Of pieces [q, p]: q comes between p and the unit's end.
+    between = pieces[:, None] > pieces[None, :]
+    if REVERSE:
+        between = pieces[:, None] < pieces[None, :]
+    # All pieces of the units ahead are under way at once: a wait for each would be the whole time.
+    for i in tl.range(0, count, num_stages=3):
         j = i
         if REVERSE:
             j = count - 1 - i
-        if i % PIECES == 0:
-            unit = (begin + j) // PIECES
-            tl.store(entry + (unit * H + head) * (K * V) + entries, carry, mask=inside)
-        # The unit at which the walk ends added nothing; its memory is not read.
-        at = added + ((begin + j) * H + head) * (K * V) + entries
-        new = tl.load(at, mask=inside & (i < count - PIECES), other=0.0)
+        unit = begin + j
+        at = (unit * PIECES + pieces) * H + head
+        wanted = (i < count - 1) & (pieces >= 0)
         if DECAY == "gates":
-            whole = tl.load(decays + (begin + j) * H + head, mask=i < count - PIECES, other=0.0)
+            own = tl.load(decays + at, mask=wanted, other=0.0)
         else:
             if PACKED:
-                size = tl.load(table + (begin + j) * 4 + 2)
+                size = tl.load(table + unit * 4 + 2) + 0 * pieces
             else:
-                size = tl.minimum(tl.maximum(T - j * L, 0), L)
-            whole = tl.where(size > 0, g * tl.maximum(size, 1), 0.0)
-        kept, rest = split_decay(whole)
-        carry = carry * kept + carry * rest + new
+                size = tl.minimum(tl.maximum(T - (j * PIECES + pieces) * L, 0), L)
+            own = tl.where(size > 0, g * tl.maximum(size, 1).to(tl.float32), 0.0)
+        behind = tl.sum(tl.where(between, own[:, None], 0.0), 0)
+        # What was left out was not written: the unit at which the walk ends, and (the margin is for
+        # rounding) forgotten pieces.
+        if DECAY == "constant":
+            wanted = wanted & (behind > -0.99 * _FORGOTTEN)
+        new = tl.load(
+            added + at[:, None] * (K * V) + entries[None, :],
+            mask=inside[None, :] & wanted[:, None], other=0.0,
+        )
+        tl.store(entry + (unit * H + head) * (K * V) + entries, carry, mask=inside)
+        kept, rest = split_decay(tl.sum(own, 0))
+        carry = carry * kept + carry * rest + tl.sum(new * tl.exp(behind)[:, None], 0)

@@ -137,12 +137,12 @@ class Call:
         self, k: Tensor, v: Tensor, initial: Tensor | None, scale: float, *, against: bool
     ) -> Tensor:
         """The scan over units; ``against`` the order of the call, with the sweeps' shift 1."""
-        heads, pieces = k.shape[2], 1 if self.packed else launch_config.PIECES
+        heads, pieces = k.shape[2], self.plan.pieces
         groups, shape = heads // self.kv_heads, (heads, k.shape[3], v.shape[3])
         states = torch.empty(self.plan.units, *shape, dtype=torch.float32, device=k.device)
         added = states.new_empty(self.plan.units * pieces, *shape)
         cut = self.seq, self.plan.length // pieces, self.plan.segments * pieces
-        tiles = launch_config.local_state_tiles(k.shape[3], v.shape[3], self.dtype)
+        tiles = launch_config.local_state_tiles(k.shape[3], v.shape[3], self.dtype, self.gpu)
         decays = None
         if self.gated:
             # Sums of gates are those of the sweeps' chunks.
@@ -186,11 +186,27 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final states."""
+    found = forward_and_states(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse)
+    return found[:2]
+
+
+def forward_and_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs, final states, and what ``Call.states`` made, which a backward pass can take."""
     q, k, v = walkable(q), walkable(k), walkable(v)
     initial_state, cu_seqlens = block(initial_state), block(cu_seqlens)
     with device_of(q):
         call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
-        entry, kind = entry_of(call.states(initial_state), initial_state)
+        states = call.states(initial_state)
+        entry, kind = entry_of(states, initial_state)
         o = q.new_empty(*q.shape[:3], call.value_dim)
         final = call.empty_states(call.kv_heads)
         tiles = call.sweep_tiles(call.key_dim, call.value_dim)
@@ -203,7 +219,7 @@ def forward(
             BE=tiles.value_block, ENTRY=kind, PACKED=call.packed, REVERSE=reverse, STAGES=tiles.stages,
             num_warps=tiles.warps, **call.decay, **call.arithmetic,
         )  # fmt: skip
-    return o, final
+    return o, final, states
 
 
 def backward(
@@ -219,20 +235,28 @@ def backward(
     reverse: bool,
     with_decay: bool,
     with_initial: bool,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and initial_state (the last two empty where not asked for)."""
+    """Gradients of q, k, v, log_decay and initial_state (the last two empty where not asked for).
+
+    ``into``: where those of q, k and v are written, for as many kv heads as heads and equal dims:
+    rows whose tokens lie one stride apart in all three and over the batch, heads side by side.
+    ``states``: those of ``forward_and_states``; without, they are made again.
+    """
     q, k, v, do = walkable(q), walkable(k), walkable(v), walkable(do)
     initial_state, cu_seqlens, d_final = block(initial_state), block(cu_seqlens), block(d_final)
     with device_of(q):
         call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse, backward=True)
-        entry = entry_of(call.states(initial_state), initial_state)
+        states = call.states(initial_state) if states is None else states
+        entry = entry_of(states, initial_state)
         grad_entry = entry_of(call.grad_states(do, d_final), d_final)
         d_initial = q.new_empty(0, dtype=torch.float32)
         if with_initial:
             d_initial = call.empty_states(call.heads)
         with_decay = with_decay and log_decay is not None
         d_gates = call.empty_shares() if call.gated and with_decay else None
-        dq, dk, dv = _sweeps(call, do, entry, grad_entry, d_initial, with_initial, d_gates)
+        dq, dk, dv = _sweeps(call, do, entry, grad_entry, d_initial, with_initial, d_gates, into)
         d_decay = q.new_empty(0)
         if with_decay and log_decay is not None:
             if d_gates is None:
@@ -254,11 +278,12 @@ def _sweeps(
     d_initial: Tensor,
     with_initial: bool,
     d_gates: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, the last two for each query head; fills d_initial and d_gates."""
     q, k, v = call.q, call.k, call.v
     rows, key_dim, value_dim = q.shape[:3], call.key_dim, call.value_dim
-    dq, dk, dv = (q.new_empty(*rows, dim) for dim in (key_dim, key_dim, value_dim))
+    dq, dk, dv = into or [q.new_empty(*rows, dim) for dim in (key_dim, key_dim, value_dim)]
     states = None if d_gates is None else call.empty_chunk_states()
     # One launch where the sweeps have the same shape; with gates, q's comes after k's.
     launches = ((0, 3),) if key_dim == value_dim else ((0, 2), (2, 1))
@@ -272,7 +297,8 @@ def _sweeps(
             backward_kernel, programs,
             q, k, v, do, call.log_decay, entry[0], grad_entry[0], dq, dk, dv, d_initial, d_gates,
             states, call.table,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *call.cut,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            (dv if first == 2 else dq).stride(1), *call.cut,
             call.heads, call.groups, call.scale, K=key_dim, V=value_dim, FIRST=first, COUNT=count,
             D=dims[0], E=dims[1], C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
             ENTRY=entry[1], GRAD_ENTRY=grad_entry[1], D_INITIAL=with_initial and first + count == 3,

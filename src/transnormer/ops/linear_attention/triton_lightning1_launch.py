@@ -130,9 +130,10 @@ class _Call:
     ) -> Tensor:
         """The states that leave the sequences, [sequences, heads of k and v, key_dim, value_dim]."""
         heads, key_dim, value_dim = *k.shape[2:], v.shape[3]
-        tiles = local_state_tiles(key_dim, value_dim, self.dtype)
+        gpu = gpu_of(k.device)
+        tiles = local_state_tiles(key_dim, value_dim, self.dtype, gpu)
         rows = self.sequences * heads * -(-value_dim // tiles.value_block)
-        pieces = segments_of(rows, self.seq, gpu_of(k.device))
+        pieces = segments_of(rows, self.seq, gpu)
         states = torch.empty(
             pieces, self.sequences, heads, key_dim, value_dim, dtype=torch.float32, device=k.device
         )
