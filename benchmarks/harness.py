@@ -129,6 +129,18 @@ def measured_limits() -> dict[str, float]:
     }
 
 
+def last_json(command: Sequence[str], limit: float) -> dict[str, Any]:
+    """The last line that a process of its own prints, JSON, or {"error": why there is none}."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {limit:.0f} s"}
+    lines = run.stdout.splitlines()
+    if run.returncode or not lines:
+        return {"error": " ".join(run.stderr.split())[-400:] or f"exit {run.returncode}"}
+    return json.loads(lines[-1])
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows in columns, numbers to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]

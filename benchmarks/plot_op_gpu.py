@@ -5,18 +5,12 @@
 Writes docs/images/op_gpu.png. Rows of one shape (batch 4, 32 heads of 128) make the lines.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-import harness
-import matplotlib as mpl
-
-mpl.use("Agg")
+import plotting
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-IMAGE = Path(__file__).parents[1] / "docs" / "images" / "op_gpu.png"
 # Name in the result, label, colour, marker.
 SERIES = (
     ("softmax_cudnn", "softmax attention, cuDNN", "#999999", "s"),
@@ -50,8 +44,8 @@ def points(
     return sorted(found)
 
 
-def draw(result: dict[str, Any], output: Path, batch: int, heads: int, dim: int) -> int:
-    """Write the picture; returns how many lines it has."""
+def draw(result: dict[str, Any], batch: int, heads: int, dim: int) -> tuple[Figure, int]:
+    """The picture, and how many lines it has."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     lines = 0
     for panel, direction in zip(panels, ("forward", "backward")):
@@ -73,23 +67,14 @@ def draw(result: dict[str, Any], output: Path, batch: int, heads: int, dim: int)
     panels[0].legend(fontsize=8, frameon=False)
     device = result["environment"]["device"]
     figure.suptitle(f"batch {batch}, {heads} heads of {dim}, bfloat16, {device}", fontsize=10)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
-    return lines
+    return figure, lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--result", type=Path, default=harness.RESULTS / "op_gpu.json")
-    parser.add_argument("--output", type=Path, default=IMAGE)
+    parser = plotting.parser_of(__doc__, "op_gpu.json", "op_gpu.png")
     parser.add_argument("--shape", type=int, nargs=3, default=[4, 32, 128], help="batch heads dim")
     options = parser.parse_args()
-    result = json.loads(options.result.read_text(encoding="utf-8"))
-    lines = draw(result, options.output, *options.shape)
-    print(json.dumps({"output": str(options.output), "lines": lines}))
+    plotting.write_picture(options, lambda result: draw(result, *options.shape))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,12 @@
 Writes docs/images/train_speed.png.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-import harness
-import matplotlib as mpl
-
-mpl.use("Agg")
+import plotting
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-IMAGE = Path(__file__).parents[1] / "docs" / "images" / "train_speed.png"
 # Subject in the result, label, colour, marker.
 SERIES = (
     ("tnl", "TransNormerLLM, transnormer", "#1b9e77", "o"),
@@ -37,8 +31,8 @@ def points(result: dict[str, Any], subject: str) -> list[tuple[int, float]]:
     return sorted(found)
 
 
-def draw(result: dict[str, Any], output: Path) -> int:
-    """Write the picture; returns how many lines it has."""
+def draw(result: dict[str, Any]) -> tuple[Figure, int]:
+    """The picture, and how many lines it has."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     lines, lengths = 0, set()
     for subject, label, colour, marker in SERIES:
@@ -58,22 +52,12 @@ def draw(result: dict[str, Any], output: Path) -> int:
     axes.legend(fontsize=8, frameon=False)
     device = result["environment"]["device"]
     axes.set_title(f"0.4 B parameters, 32,768 tokens a step or one row, {device}", fontsize=9)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
-    return lines
+    return figure, lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--result", type=Path, default=harness.RESULTS / "train_gpu.json")
-    parser.add_argument("--output", type=Path, default=IMAGE)
-    options = parser.parse_args()
-    result = json.loads(options.result.read_text(encoding="utf-8"))
-    lines = draw(result, options.output)
-    print(json.dumps({"output": str(options.output), "lines": lines}))
+    parser = plotting.parser_of(__doc__, "train_gpu.json", "train_speed.png")
+    plotting.write_picture(parser.parse_args(), draw)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ benchmarks/results/train_gpu.json; the last line is JSON. ``plot_train_gpu.py`` 
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from transnormer.models import zoo
 from transnormer.models.cost import ModelCost
 
 RESIDUAL, COMPILE = "train.residual=bfloat16", "train.compile=true"
+EIGHT_BITS = "train.float8=tensorwise"
 GRAPH, BLOCKS = "train.cuda_graph=true", "train.activation_memory="
 # What the recipe says.
 FAST = (COMPILE, RESIDUAL, GRAPH, BLOCKS + "0.9")
@@ -95,6 +95,9 @@ def rows_of_the_run() -> tuple[Row, ...]:
         variant("full", *ROOMY, "train.checkpointing=full"),
         variant("eager"),
         Row("tnl", 8_192, size="1b", settings=FAST),
+        variant("float8", *FAST, EIGHT_BITS),
+        Row("tnl", 8_192, variant="float8", settings=(*FAST, EIGHT_BITS)),
+        Row("tnl", 8_192, size="1b", variant="float8", settings=(*FAST, EIGHT_BITS)),
     )
 
 
@@ -167,14 +170,7 @@ def child(row: str, options: argparse.Namespace, limit: float, *extra: str) -> d
     command += ["--steps", str(options.steps), "--profile", str(options.profile), *extra]
     if options.released is not None:
         command += ["--released", str(options.released)]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {limit:.0f} s"}
-    lines = run.stdout.splitlines()
-    if run.returncode or not lines:
-        return {"error": " ".join(run.stderr.split())[-400:] or f"exit {run.returncode}"}
-    return json.loads(lines[-1])
+    return harness.last_json(command, limit)
 
 
 def compile_all(rows: list[Row], options: argparse.Namespace) -> dict[str, float | None]:

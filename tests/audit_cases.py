@@ -8,6 +8,7 @@ from transnormer.parallel.collectives import Copy
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.mesh import Axes
 from transnormer.train import RunConfig
+from transnormer.train.adapter_layout import AdapterLayout
 from transnormer.train.audit import Audit, run_audit
 
 
@@ -19,7 +20,8 @@ def audit_in_layout(group: dist.ProcessGroup, config: RunConfig, axes: Axes, bro
     if broken:
         Copy.backward = staticmethod(_not_summed)
     try:
-        return run_audit(config, sync=Layout(axes, torch.device("cpu")))
+        kind = Layout if config.lora is None else AdapterLayout
+        return run_audit(config, sync=kind(axes, torch.device("cpu")))
     finally:
         Copy.backward = whole
 

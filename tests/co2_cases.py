@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,23 +232,37 @@ def local(**axes: int) -> Layout:
     return build_layout(table, dist.get_world_size(), torch.device("cpu"))
 
 
-def write_where_one_cannot(group: dist.ProcessGroup, folder: Path) -> str:
-    """What a rank says of a checkpoint for which rank 2 has no room."""
-    layout = local(dp_replicate=4)
-    model = layout.wrap(torch.nn.Linear(3, 3))
-    optimizer = build_optimizer(model, OptimizerConfig())
+def run_on_a_full_disk(group: dist.ProcessGroup, config: RunConfig, what: str) -> str:
+    """What a rank says of a run whose second checkpoint finds no room.
 
-    def refuse(tensors: dict[str, Tensor], path: Path) -> None:
-        if dist.get_rank() == 2:
+    what is "copies" where rank 2 cannot write its copy, "model" where all can, and then rank 0 not
+    the model.
+    """
+    layout = build_layout(config.parallel, dist.get_world_size(), torch.device("cpu"))
+    save, write, saved = local_layout.save_file, os.pwrite, []
+
+    def full(part: str) -> bool:
+        rank = {"copies": 2, "model": 0}[what]
+        return what == part and dist.get_rank() == rank and len(saved) == 2
+
+    def save_copies(tensors: dict[str, Tensor], path: Path) -> None:
+        saved.append(path)
+        if full("copies"):
             raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
 
-    found, local_layout.save_file = local_layout.save_file, refuse
+    def write_model(*args: Any) -> int:
+        if full("model"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args)
+
+    local_layout.save_file, os.pwrite = save_copies, write_model
     try:
-        layout.write_own(model, optimizer, folder)
+        run_training(config, evaluate=constant_evaluation, sync=layout)
     except RuntimeError as error:
         return str(error)
     finally:
-        local_layout.save_file = found
+        local_layout.save_file, os.pwrite = save, write
     return "written"
 
 

@@ -44,7 +44,7 @@ def force_segments(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
             units = cu_seqlens.shape[0] - 1 + seq // tokens
             return constant_decay.Plan(units, tokens, 0, True)
         segments = -(-seq // tokens)
-        return constant_decay.Plan(batch * segments, tokens, segments, segments > 1)
+        return constant_decay.Plan(batch * segments, tokens, segments, segments > 1, 4)
 
     for module in (constant_decay, triton_launch):
         monkeypatch.setattr(module, "plan", plan)

@@ -13,7 +13,7 @@ from transnormer.eval.perplexity import score_tokens
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.recompute import Checkpointing, set_checkpointing
 from transnormer.nn.core import LinearAttentionCore
-from transnormer.optim import OptimizerConfig, build_optimizer
+from transnormer.optim import OptimizerConfig, build_optimizer, is_matrix
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.mesh import Axes
 from transnormer.parallel.sequence import apply_sequence_parallel
@@ -230,7 +230,7 @@ def train(
     here = torch.empty(0, device=device).device
     sync = OneProcess() if group is None else Layout(axes, here, cut_residual=cut_residual)
     model = sync.wrap(Decoder(config).double().to(here))
-    optimizer = build_optimizer(model, optimizer_config)
+    optimizer = build_optimizer(model, optimizer_config, matrices=sync.matrices())
     if start is not None:
         sync.load(model, optimizer, start["model"], start["optimizer"])
     losses, norms = [], []
@@ -260,6 +260,34 @@ def train(
         "optimizer": {} if whole is None else dict(whole[1]),
         "local": sum(x.numel() for x in local_parts(model)),
     }
+
+
+def name_of(value: Axes | str) -> str:
+    """What a test calls a layout, or something that has a name."""
+    if isinstance(value, str):
+        return value
+    return "-".join(f"{axis}{ranks}" for axis, ranks in value._asdict().items() if ranks > 1)
+
+
+def matrices_worked_on(group: dist.ProcessGroup, config: DecoderConfig, axes: Axes) -> list[int]:
+    """Entries of the matrices that this rank is given, which are those of one process."""
+    layout = Layout(axes, torch.device("cpu"))
+    model = Decoder(config)
+    exact = [x.detach().clone() for name, x in model.named_parameters() if is_matrix(name, x)]
+    model = layout.wrap(model)
+    sizes: list[int] = []
+
+    def note(matrix: Tensor) -> Tensor:
+        sizes.append(matrix.numel())
+        assert any(x.shape == matrix.shape and torch.equal(x, matrix) for x in exact)
+        return matrix
+
+    named = {n: x.detach().clone() for n, x in model.named_parameters() if is_matrix(n, x)}
+    of_blocks = {name: x for name, x in named.items() if "blocks." in name}
+    before = {name: x.full_tensor().clone() for name, x in of_blocks.items()}
+    layout.matrices().apply(of_blocks, note)
+    assert all(torch.equal(x.full_tensor(), before[name]) for name, x in of_blocks.items())
+    return sizes
 
 
 def local_parts(model: torch.nn.Module) -> list[Tensor]:

@@ -306,3 +306,13 @@ def test_a_failure_of_ours_ends_with_an_exit_code(tmp_path: Path) -> None:
     assert len(result["failures"]) == 2
     assert "no-such" in result["failures"][0]
     assert result["rows"][0]["peers"]["softmax_any"]["backward_ms"] > 0
+
+
+@pytest.mark.slow
+def test_dry_run_of_float8_gpu(tmp_path: Path) -> None:
+    options = ("--arms", "bfloat16", "tensorwise", "--steps", "2")
+    result = run_dry("float8_gpu.py", tmp_path / "float8.json", *options)
+    losses = [result["rows"][arm]["losses"] for arm in ("bfloat16", "tensorwise")]
+    assert len(losses[0]) == len(losses[1]) == 2
+    assert losses[0] != losses[1]
+    assert result["less_bfloat16"]["tensorwise"]["largest"] > 0

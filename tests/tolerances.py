@@ -239,3 +239,12 @@ SEGMENTS_BFLOAT16 = 1e-2
 # Where 4,096 parameters have moved on average in 40 updates of 0.1 last places that are rounded at random:
 # a deviation of some 2 places each, over 64.
 ROUNDED_MOVES = 0.06
+# An evaluation in bfloat16, as processes gather the parameters, beside float32: a mean over tokens of
+# losses whose terms are rounded (3e-5 seen).
+ROUNDED_EVALUATION = 1e-3
+# Products of up to 96 float8 numbers whose sums are float32, beside sums in float64 (1e-7 seen). A factor
+# rounded otherwise would be off by 3 %.
+FLOAT8_PRODUCT = 4 * EPS[torch.float32]
+# Losses, up to 6, of some updates with float8 products beside others with them or without: a factor is off
+# by 2 to 3 %, in either direction.
+FLOAT8_LOSS = 5e-3

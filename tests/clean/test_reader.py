@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from clean_cases import prose, run_clean, where_ids_went, write_lines
 
+from transnormer.clean import units
 from transnormer.clean.config import InputConfig
 from transnormer.clean.item import QUARANTINED, Item
 from transnormer.clean.reader import ReadUnit
@@ -159,6 +160,33 @@ def test_a_row_that_is_too_long_is_named(tmp_path: Path) -> None:
     first, bad, last = read_all(tmp_path, max_document_bytes=200)
     assert (first.id, last.id) == ("a", "c")
     assert bad.why["reason"] == "a row of more than 200 bytes"
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra", "compression"),
+    [
+        ("b.parquet", "pyarrow", "parquet", "none"),
+        ("b.jsonl.zst", "zstandard", "zstd", "none"),
+        ("compression = 'zstd'", "zstandard", "zstd", "zstd"),
+    ],
+    ids=["parquet", "zst", "output"],
+)
+def test_a_package_that_is_not_installed_is_named_before_anything_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    package: str,
+    extra: str,
+    compression: str,
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [{"id": "good", "text": prose(1)}])
+    if compression == "none":
+        (tmp_path / "in" / name).write_bytes(b"")
+    out = tmp_path / "out"
+    monkeypatch.setattr(units, "find_spec", lambda asked: None if asked == package else asked)
+    with pytest.raises(RuntimeError, match=rf"{name} needs {package}; run: .*\[{extra}\]"):
+        run_clean(tmp_path / "in", out, output={"dir": str(out), "compression": compression})
+    assert not out.exists()
 
 
 def test_the_run_stops_at_bad_input_where_it_is_told_to(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from transnormer.data.tokenizers import (
     Tokenizer,
     train_bpe,
 )
+from transnormer.data.tokenizers.bpe import add_start
 
 # The tokenizer is the same for every example.
 FAST = settings(
@@ -236,6 +237,58 @@ class TestTiktoken:
         tokenizer = TiktokenTokenizer(small_ranks(), r"\s|\S+", {"<|endoftext|>": 300})
         assert tokenizer.vocab_size == 301
         assert tokenizer.token_bytes(290) == b""
+
+
+TEMPLATES = {
+    "none": None,
+    "bytes": {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    },
+    "start": {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    },
+    "end": {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "</s>", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
+    },
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["pieces", "bytes"])
+def test_other_readers_begin_a_text_with_the_start_token_and_no_more(
+    tmp_path: Path, kind: str, template: str
+) -> None:
+    if kind == "pieces":
+        data = json.loads(llama_style_json()) | {"truncation": None}
+    else:
+        train_bpe([TEXT], vocab_size=280).save(tmp_path)
+        data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["post_processor"] = TEMPLATES[template]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    before = load_tokenizer(tmp_path)
+    add_start(tmp_path, "<s>", 1)
+    after, theirs = (
+        load_tokenizer(tmp_path),
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+    )
+    assert theirs.encode("the tea").ids == [1, *before.encode("the tea")]
+    assert after.encode("the tea") == before.encode("the tea")
+    assert (after.fingerprint == before.fingerprint) is (template != "end")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ pytestmark = [
 CONFIG = zoo.tnl_custom(vocab_size=23, model_dim=16, num_layers=2, heads=4, glu_dim=12)
 # Clips every step.
 ADAMW = OptimizerConfig(lr=1e-2, clip=0.05)
+MUON = OptimizerConfig(name="muon", lr=1e-2, clip=0.05)
 LAYOUTS = [Axes(dp_shard=2), Axes(dp_replicate=2), Axes(sp=2), Axes(tp=2)]
 EXCHANGES: list[dict[str, Any]] = [
     {"exchange": "gather"},
@@ -59,22 +60,26 @@ def batch_of() -> dict[str, Any]:
 
 
 @cache
-def alone() -> dict[str, Any]:
+def alone(optimizer: OptimizerConfig) -> dict[str, Any]:
     """What one GPU finds; found once."""
-    return train(None, CONFIG, Axes(), None, range(2), ADAMW, device="cuda")
+    return train(None, CONFIG, Axes(), None, range(2), optimizer, device="cuda")
 
 
 def test_the_pair_sums_over_nccl(pair: Ranks) -> None:
     assert pair.run(2, sums) == [("nccl", 3.0)] * 2
 
 
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("axes", LAYOUTS, ids=["dp_shard", "dp_replicate", "sp", "tp"])
-def test_every_layout_trains_as_one_gpu(pair: Ranks, axes: Axes) -> None:
-    found = pair.run(2, train, CONFIG, axes, None, range(2), ADAMW, 2, "cuda")[0]
+def test_every_layout_trains_as_one_gpu(
+    pair: Ranks, axes: Axes, optimizer: OptimizerConfig
+) -> None:
+    found = pair.run(2, train, CONFIG, axes, None, range(2), optimizer, 2, "cuda")[0]
+    exact = alone(optimizer)
     for name in ("loss", "norm"):
-        assert_close(found[name], alone()[name], limit=LAYOUT_FLOAT64, name=name)
+        assert_close(found[name], exact[name], limit=LAYOUT_FLOAT64, name=name)
     for group in ("model", "optimizer"):
-        for name, expected in alone()[group].items():
+        for name, expected in exact[group].items():
             limit = LAYOUT_FLOAT64
             assert_close(found[group][name], expected.cpu(), limit=limit, name=f"{group} {name}")
 
@@ -140,8 +145,10 @@ def test_a_run_goes_on_from_layout_to_layout(pair: Ranks, tmp_path: Path) -> Non
             "train.weights=bfloat16",
             "optimizer.states=bfloat16",
         ),
+        ("optimizer.name=muon", "train.precision=bfloat16", "train.save_async=true"),
+        ("objective.kind=masked", "model.causal=false", "train.precision=bfloat16"),
     ],
-    ids=["segments", "co2", "bfloat16"],
+    ids=["segments", "co2", "bfloat16", "muon", "masked"],
 )
 def test_whole_runs_train_on_both_gpus(
     pair: Ranks, tmp_path: Path, overrides: tuple[str, ...]

@@ -14,11 +14,12 @@ from data_cases import sentencepiece_model
 from decoder_cases import make_ids, make_model, tnl_config
 from hf_cases import hybrid_config, pair
 from nn.mixer_cases import CASES, ids_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transnormer.cli.app import run
-from transnormer.data.tokenizers import load_tokenizer, train_bpe
+from transnormer.data.tokenizers import find_tokenizer_file, load_tokenizer, train_bpe
 from transnormer.hf.export import CODE, code, export
+from transnormer.infer.text import begin_id
 from transnormer.models import checkpoint
 from transnormer.models.decoder import Decoder
 
@@ -53,7 +54,7 @@ for directory in sys.argv[1:]:
     model.save_pretrained(f"{directory}.again")
     if given["text"] is not None:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
-        found["text"] = tokenizer(given["text"], add_special_tokens=False).input_ids
+        found["text"] = tokenizer(given["text"]).input_ids
     torch.save(found, f"{directory}.out")
 """
 
@@ -100,7 +101,8 @@ def test_transformers_alone_computes_the_same(tmp_path: Path) -> None:
         )
         assert (tmp_path / f"{name}.again" / CODE).is_file()
     for name, tokenizer in tokenizers.items():
-        assert found[name]["text"] == tokenizer.encode("the quick fox")
+        begin = begin_id(models[name], tokenizer)
+        assert found[name]["text"] == [begin, *tokenizer.encode("the quick fox")]
         wrapped = pair(models[name].config)[1]
         tokens = wrapped.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
         assert torch.equal(found[name]["tokens"], tokens)
@@ -138,6 +140,30 @@ def test_the_command_exports_with_the_tokenizer(tmp_path: Path) -> None:
     train_bpe(["the quick brown fox"] * 3, vocab_size=270).save(tmp_path / "model")
     assert run(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "hf"]) == 0
     assert {CODE, "config.json", "tokenizer.json"} <= {x.name for x in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+@pytest.mark.parametrize("own", [None, 2], ids=["tokenizer's", "model's"])
+def test_a_text_begins_in_transformers_as_it_does_here(
+    tmp_path: Path, kind: str, own: int | None
+) -> None:
+    if kind == "bpe":
+        tokenizer = train_bpe(["the quick brown fox"] * 3, vocab_size=270)
+    else:
+        (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+        tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    model = Decoder(tnl_config(vocab_size=300).model_copy(update={"bos_token_id": own}))
+    export(model, tmp_path / "model", tokenizer=tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert begin_id(model, tokenizer) == (tokenizer.bos_id if own is None else own)
+    for text in ("the quick fox", ""):
+        ids = tokenizer.encode(text)
+        assert theirs(text).input_ids == [begin_id(model, tokenizer), *ids]
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+    # The file of a tokenizer is what shards and checkpoints know it by.
+    again = load_tokenizer(find_tokenizer_file(tmp_path / "model"))
+    assert again.fingerprint == tokenizer.fingerprint
+    assert begin_id(model, again) == begin_id(model, tokenizer)
 
 
 def test_this_package_reads_an_exported_directory(tmp_path: Path) -> None:

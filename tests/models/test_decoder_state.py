@@ -1,13 +1,18 @@
 """The state as an object: copies, rows, and files that know their model."""
 
+import hashlib
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from decoder_cases import make_ids, make_model, tnl_config
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from transnormer.models.decoder import Decoder
+from transnormer.models.fingerprint import fingerprint
 from transnormer.models.state import DecoderState
 
 
@@ -62,8 +67,6 @@ def test_damaged_and_missing_files_are_named(model: Decoder, tmp_path: Path) -> 
 
 
 def test_a_file_that_is_no_state_is_refused(model: Decoder, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(2)}, str(tmp_path / "weights.safetensors"))
     with pytest.raises(ValueError, match="weights.safetensors"):
         DecoderState.load(tmp_path / "weights.safetensors", model)
@@ -134,6 +137,55 @@ def test_any_changed_weight_is_another_model() -> None:
     with torch.no_grad():
         model.embedding.weight[1, 1] += 1.0
     assert model.fingerprint() != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_weights_in_another_order_are_another_model(dtype: torch.dtype) -> None:
+    model = make_model(tnl_config(vocab_size=4099), dtype=dtype)
+    # Entries next to each other, in other rows, at both ends, and in the last, shorter block.
+    flat, found = model.embedding.weight.detach().view(-1), {model.fingerprint()}
+    for i, j in ((1, 2), (3, 40), (70, 4096 + 71), (5, 131_167), (131_160, 131_161)):
+        order = torch.arange(flat.numel())
+        order[i], order[j] = j, i
+        flat.copy_(flat[order])
+        found.add(model.fingerprint())
+        flat.copy_(flat[order])
+    weight = model.blocks[0].token_mixer.out_proj.weight.detach()
+    weight.copy_(weight.mT.clone())
+    assert len(found | {model.fingerprint()}) == 7
+
+
+def test_a_summary_is_the_sum_of_bits_by_place() -> None:
+    places = (-49064778989728563, -4265267296055464877)
+
+    def place(i: int) -> int:
+        for factor in places:
+            i = wrapped((i ^ (i >> 33)) * factor)
+        return i ^ (i >> 33)
+
+    def wrapped(i: int) -> int:
+        return (i + 2**63) % 2**64 - 2**63
+
+    x = torch.arange(5000.0)
+    bits = x.view(torch.int32).tolist()
+    sums = [
+        wrapped(sum(b * place(i) for i, b in enumerate(block, start=1)))
+        for block in (bits[:4096], bits[4096:])
+    ]
+    digest = hashlib.sha256(b"{}x [5000] torch.float32" + struct.pack("<2q", *sums))
+    assert fingerprint("{}", {"x": x}) == f"2-{digest.hexdigest()}"
+
+
+def test_a_state_with_a_fingerprint_of_the_earlier_kind_is_named(
+    model: Decoder, tmp_path: Path
+) -> None:
+    file = tmp_path / "state.safetensors"
+    model(make_ids(1, 5)).state.save(file, model)
+    with safe_open(file, framework="pt") as stream:
+        metadata = stream.metadata() | {"fingerprint": "ab" * 32}
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ValueError, match="a fingerprint of an earlier kind, which did not see"):
+        DecoderState.load(file, model)
 
 
 def test_a_state_keeps_its_dtype_and_its_rows(model: Decoder) -> None:

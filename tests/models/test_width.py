@@ -52,7 +52,7 @@ def coordinates(dim: int, *, transfer: bool) -> Coordinates:
     torch.manual_seed(0)
     model, ids = Decoder(config_of(dim)), make_ids(4, 33)
     scales = width_scales(model, BASE) if transfer else {}
-    scale_initial_values(model, scales)
+    scale_initial_values(dict(model.named_parameters()), scales)
     config = OptimizerConfig(lr=0.01, weight_decay=0, eps=1e-12)
     rates = {name: scale.lr for name, scale in scales.items()}
     optimizer = build_optimizer(model, config, rates)

@@ -263,6 +263,30 @@ def test_pads_leave_no_trace(case: MixerCase) -> None:
             assert_continues_alike(model, again.state, row, alone.state, 0)
 
 
+@pytest.mark.parametrize(
+    ("case", "causal"),
+    [
+        pytest.param(case, causal, id=f"{case.name}-{'causal' if causal else 'both_ways'}")
+        for case in CASES
+        for causal in ((True, False) if case.bidirectional else (True,))
+    ],
+)
+def test_pads_leave_no_trace_whatever_they_hold(case: MixerCase, causal: bool) -> None:
+    model = case.model(torch.float64, causal=causal)
+    ids, mask = ids_of(4, 40), masks(40)
+    found = []
+    for value in (0.0, torch.nan, -torch.inf):
+        x = model.embedding(ids).detach()
+        x[~mask] = value
+        model.zero_grad()
+        y, state = model.hidden(ids, mask=mask, embeddings=x.requires_grad_())
+        y[mask].square().sum().backward()
+        weights = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([y[mask], x.grad, *weights, *(tensors(state) if causal else ())])
+    for broken in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(broken, found[0], strict=True))
+
+
 @every_case
 def test_pads_of_packed_sequences_leave_no_trace(case: MixerCase) -> None:
     model = case.model(torch.float64)

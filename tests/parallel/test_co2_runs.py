@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from co2_cases import Told, norms_of_copies, run_copies, train_copies, write_where_one_cannot
+from co2_cases import (
+    Told,
+    norms_of_copies,
+    run_copies,
+    run_on_a_full_disk,
+    train_copies,
+)
 from ranks import Ranks
 from tolerances import LAYOUT_FLOAT64, RELAID_LOSS, assert_close
 from train_cases import assert_same_checkpoint, constant_evaluation, tiny_run
@@ -143,10 +149,18 @@ def test_another_layout_begins_a_round_from_the_mean(ranks: Ranks, tmp_path: Pat
     assert abs(found - exact) <= RELAID_LOSS * exact
 
 
-def test_all_end_where_one_cannot_write_its_copy(ranks: Ranks, tmp_path: Path) -> None:
-    found = ranks.run(4, write_where_one_cannot, tmp_path)
-    assert "No space left on device" in found[2]
-    assert all("cannot be written" in text and "on another rank" in text for text in found[:2])
+@pytest.mark.parametrize(("what", "rank"), [("copies", 2), ("model", 0)], ids=["copies", "model"])
+def test_a_full_disk_of_any_rank_ends_the_run_with_its_last_checkpoint(
+    ranks: Ranks, tmp_path: Path, what: str, rank: int
+) -> None:
+    config = folder(tmp_path, "many", *CO2, "parallel.dp_replicate=4", "train.save_every=2")
+    told = ranks.run(4, run_on_a_full_disk, config, what)
+    last = tmp_path / "many/checkpoints/step_00000002"
+    for text in told:
+        assert f"checkpoint of step 4 cannot be written: rank {rank}: " in text
+        assert "No space left on device" in text
+        assert f"the last good checkpoint is {last}" in text
+    assert list(last.parent.iterdir()) == [last]
 
 
 def test_copies_judge_one_norm(ranks: Ranks) -> None:

@@ -132,6 +132,22 @@ def test_a_wrong_address_has_the_same_form_of_error(
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/toy", "/v1/states/x"])
+def test_head_is_get_without_the_body(plain: httpx.Client, path: str) -> None:
+    head, whole = plain.head(path), plain.get(path)
+    assert head.status_code == whole.status_code
+    assert head.content == b""
+    headers = [{k: v for k, v in x.headers.items() if k != "date"} for x in (head, whole)]
+    assert headers[0] == headers[1]
+    assert int(headers[0]["content-length"]) == len(whole.content) > 0
+
+
+def test_a_wrong_method_is_told_the_right_ones(plain: httpx.Client) -> None:
+    assert plain.put("/v1/models").headers["allow"] == "GET, HEAD"
+    assert plain.head("/v1/completions").status_code == 405
+    assert plain.head("/v1/completions").headers["allow"] == "POST"
+
+
 def test_ten_megabytes_are_too_much(plain: httpx.Client) -> None:
     response = plain.post(COMPLETIONS, json={"prompt": "a" * 10_000_000})
     assert response.status_code == 413

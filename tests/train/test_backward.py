@@ -21,7 +21,7 @@ MakeConfig = Callable[..., RunConfig]
 class Keep(OneProcess):
     """One process in float64 that keeps the last gradient."""
 
-    def wrap(self, model: Decoder) -> Decoder:
+    def wrap(self, model: Decoder, values: None = None) -> Decoder:
         return model.double()
 
     def after_backward(self, model: Decoder) -> None:

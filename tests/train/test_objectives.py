@@ -242,7 +242,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_texts(classes: MakeConfig) -> N
     for micro_batch in (8, 2):
 
         class Keep(OneProcess):
-            def wrap(self, model: SequenceClassifier) -> SequenceClassifier:
+            def wrap(self, model: SequenceClassifier, values: None = None) -> SequenceClassifier:
                 return model.double()
 
             def after_backward(self, model: SequenceClassifier) -> None:

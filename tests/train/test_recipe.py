@@ -90,6 +90,9 @@ def test_a_vocabulary_may_be_padded_but_not_cut(make_config: MakeConfig) -> None
         ("optimizer.lr=0", r"optimizer.lr is 0"),
         ("output.dir=", r"output.dir is ''"),
         ("parallel.pp=2", r"parallel.pp is an unknown key"),
+        ("parallel.tp_residual=cut", r"tp_residual is 'cut' where tp is 1; expected tp of at"),
+        ("parallel.sp_exchange=ring", r"sp_exchange is 'ring' where sp is 1; expected sp of at"),
+        ("parallel.sp_overlap=true", r"sp_overlap is True where sp is 1; expected sp of at least"),
     ],
 )
 def test_mistakes_name_the_key(make_config: MakeConfig, override: str, message: str) -> None:

@@ -105,7 +105,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         def __init__(self) -> None:
             self.grads: list[torch.Tensor] = []
 
-        def wrap(self, model: Decoder) -> Decoder:
+        def wrap(self, model: Decoder, values: None = None) -> Decoder:
             return model.double()
 
         def after_backward(self, model: Decoder) -> None:
@@ -191,18 +191,19 @@ def test_gradient_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> N
 
 
 def test_a_step_that_is_not_finite_is_neither_recorded_nor_saved(make_config: MakeConfig) -> None:
-    # The optimizer has made its update before the host reads the figures.
     class Poison(OneProcess):
         steps = 0
 
         def after_backward(self, model: Decoder) -> None:
+            self.model = model
             self.steps += 1
             if self.steps == 3:
                 model.embedding.weight.grad[0, 0] = math.nan
 
     config = make_config("train.save_every=1", "train.keep_last=0")
     with pytest.raises(TrainingDiverged, match=r"grad_norm is nan at step 3; .*step_00000002"):
-        run_training(config, sync=Poison())
+        run_training(config, sync=(poison := Poison()))
+    assert all(bool(p.isfinite().all()) for p in poison.model.parameters())
     run = Path(config.output.dir)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step_00000001", "step_00000002"]

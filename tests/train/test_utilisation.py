@@ -4,16 +4,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from train_cases import Notes
 
 from transnormer.cli.train import describe
-from transnormer.models import checkpoint
+from transnormer.models import checkpoint, zoo
 from transnormer.models.cost import ModelCost
-from transnormer.models.decoder import Decoder
+from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.device_peaks import Peak, device_peak, peak_of
+from transnormer.models.flop_formulas import flop_formulas
 from transnormer.train import RunConfig, run_training, trainer
+from transnormer.train.adapters import add_adapters
+from transnormer.train.lora_config import LoraConfig
 from transnormer.train.metrics import read_records
-from transnormer.train.utilisation import token_share, training_flops
+from transnormer.train.objective_config import InstructionConfig
+from transnormer.train.utilisation import partly_trained_flops, token_share, training_flops
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -31,6 +36,38 @@ def test_a_trained_token_costs_three_forward_passes(make_config: MakeConfig) -> 
     assert token_share(config, model, peak, "bfloat16") == 3 * flops / 1e12
     assert token_share(config, model, peak, "float32") == 3 * flops / 1e11
     assert token_share(config, model, None, "float32") is None
+
+
+def frozen(config: DecoderConfig, lora: LoraConfig, device: str) -> Decoder:
+    with torch.device(device):
+        model = Decoder(config)
+        add_adapters(model, lora, "")
+    return model
+
+
+@pytest.mark.parametrize("targets", [None, ("down_proj",), ("out_proj",)], ids=str)
+@pytest.mark.parametrize("family", ["tnl", "hgrn2"])
+def test_frozen_weights_need_no_gradients(family: str, targets: tuple[str, ...] | None) -> None:
+    small = zoo.get(f"small-{family}", vocab_size=61)
+    config = small.model_copy(update={"blocks": small.blocks[:2]})
+    lora = LoraConfig(rank=4, targets=targets)
+    model, ids = frozen(config, lora, "cpu"), torch.zeros(2, 300, dtype=torch.int64)
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        model.hidden(ids)[0].sum().backward()
+    found = partly_trained_flops(frozen(config, lora, "meta"), 300)
+    assert counter.get_total_flops() == 600 * found.blocks
+    # The hidden states' gradient alone.
+    assert found.head == 2 * ModelCost.of(config).flops(300).head
+
+
+def test_a_run_with_adapters_counts_what_they_need(make_config: MakeConfig) -> None:
+    config = make_config()
+    model = model_of(config)
+    adapters = {"objective": InstructionConfig(), "lora": LoraConfig(rank=2)}
+    adapted = config.model_copy(update=adapters)
+    whole, part = (training_flops(c, model) for c in (config, adapted))
+    assert part == partly_trained_flops(frozen(model.config, LoraConfig(rank=2), "meta"), 8).total
+    assert 0.6 < part / whole < 0.9
 
 
 def test_growing_attention_over_packed_documents_is_not_guessed(make_config: MakeConfig) -> None:

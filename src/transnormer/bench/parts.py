@@ -19,7 +19,17 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (LOSS, ("transnormer::linear_cross_entropy",)),
     (OPTIMIZER, ("Optimizer.step", "Optimizer.zero_grad", "aten::_foreach_", "aten::_fused_adam")),
     (ATTENTION, ("attention", "transnormer::complex_scan", "transnormer::logcumsumexp")),
-    (MATMULS, ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul")),
+    (
+        MATMULS,
+        (
+            "aten::mm",
+            "aten::addmm",
+            "aten::bmm",
+            "aten::linear",
+            "aten::matmul",
+            "aten::_scaled_mm",
+        ),
+    ),
 )
 
 

@@ -31,7 +31,7 @@ from transnormer.clean.report import REPORT, WriteReport
 from transnormer.clean.selfclean.stage import SelfClean
 from transnormer.clean.sinks import WriteClean, WriteIndexed
 from transnormer.clean.steps import rule_steps
-from transnormer.clean.units import Unit, plan_units
+from transnormer.clean.units import Unit, need_package, plan_units
 from transnormer.files import read_json, write_atomic
 
 _POLL_SECONDS = 0.5
@@ -54,10 +54,13 @@ def clean_corpus(config: CleanConfig, *, progress: Progress = _silent) -> dict[s
     Returns None where Slurm was given the tasks: the last of them writes the report.
 
     Raises FileNotFoundError for input that is not there, ValueError where output.dir holds a run of
-    another configuration or other input, OSError for a disk that is full: the same call goes on.
+    another configuration or other input, RuntimeError where the input's or the output's form needs a
+    package that is not installed, OSError for a disk that is full: the same call goes on.
     """
     output = Path(config.output.dir)
     places = Places.of(output)
+    if config.output.compression == "zstd":
+        need_package("output.compression = 'zstd'", "zstandard", "zstd")
     units = plan_units(config.input.path, config.input.part_bytes)
     _claim(config, units, places, output)
     if config.decontaminate.path and not places.phrases.is_file():

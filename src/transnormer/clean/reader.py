@@ -190,13 +190,8 @@ def _read_warc(unit: Unit, config: InputConfig) -> Iterator[Item]:
 
 
 def _read_table(unit: Unit, config: InputConfig) -> Iterator[Item]:
-    try:
-        pyarrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"{unit.path} needs pyarrow; run: pip install 'transnormer[parquet]'"
-        ) from error
+    pyarrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
     # A value that many rows share is unpacked for each row of a batch.
     rows = max(1, min(TURN, _BATCH_BYTES // config.max_document_bytes))
     number = 0

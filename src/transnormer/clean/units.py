@@ -1,6 +1,7 @@
 """The parts that an input is cut into, each the work of one task."""
 
 import glob
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ def plan_units(pattern: str, part_bytes: int) -> list[Unit]:
     """Cut what a file, a directory or a glob means into parts; the order is that of the names.
 
     Raises FileNotFoundError where nothing that can be read matches, ValueError for part_bytes and
-    for a file whose name is not UTF-8: documents are named by it.
+    for a file whose name is not UTF-8: documents are named by it; RuntimeError for a file whose
+    package is not installed, before any is read.
     """
     if part_bytes < 1:
         raise ValueError(f"input.part_bytes is {part_bytes}; expected at least 1")
@@ -66,6 +68,8 @@ def plan_units(pattern: str, part_bytes: int) -> list[Unit]:
         found = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
     else:
         found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+    for path in found:
+        _check_packages(path)
     units = [unit for path in found for unit in _cut(path, part_bytes)]
     if not units:
         raise FileNotFoundError(
@@ -73,6 +77,20 @@ def plan_units(pattern: str, part_bytes: int) -> list[Unit]:
             f"{', '.join(COMPRESSED_SUFFIXES)}; expected at least one; check the path"
         )
     return units
+
+
+def need_package(what: object, package: str, extra: str) -> None:
+    """Raise RuntimeError where a package that the extra "clean" does not bring is not installed."""
+    if find_spec(package) is None:
+        raise RuntimeError(f"{what} needs {package}; run: pip install 'transnormer[{extra}]'")
+
+
+def _check_packages(path: Path) -> None:
+    kind = file_kind(path)
+    if kind == TABLE:
+        need_package(path, "pyarrow", "parquet")
+    if kind is not None and path.suffix.lower() == ".zst":
+        need_package(path, "zstandard", "zstd")
 
 
 def _cut(path: Path, part_bytes: int) -> list[Unit]:

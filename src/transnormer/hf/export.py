@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from transnormer import files
+from transnormer.data.tokenizers import bpe
 from transnormer.hf.bundle import Bundle, Rewrite
 from transnormer.hf.flatten import Module, Target
+from transnormer.infer.text import begin_id
 from transnormer.models.checkpoint import CONFIG, write_weights
 from transnormer.models.decoder import Decoder
 from transnormer.models.directories import replaced
 
 CODE = "modeling_transnormer.py"
+_MODULE = CODE.removesuffix(".py")
 _MIXERS = "transnormer.nn.token_mixers"
 _PLAIN = "transnormer.hf.plain_config"
 _MOVED = {"transnormer.config": _PLAIN, "pydantic": _PLAIN}
@@ -86,7 +89,9 @@ def export(model: Decoder, path: str | Path, *, tokenizer: Any = None) -> None:
     Args:
         model: any decoder, in its dtype.
         path: the directory; a saved model there is replaced.
-        tokenizer: written beside it; any of ``transnormer.data.tokenizers``.
+        tokenizer: written beside it; any of ``transnormer.data.tokenizers``. In transformers a text
+            begins with the token that it begins with here (``begin_id``), unless
+            add_special_tokens=False says otherwise.
 
     Raises:
         ValueError: path holds something that is not a saved model.
@@ -98,24 +103,41 @@ def export(model: Decoder, path: str | Path, *, tokenizer: Any = None) -> None:
         pieces = (directory / "tokenizer.model").is_file()
         text = code(model, tokenizer=pieces)
         (directory / CODE).write_text(text, encoding="utf-8")
-        _name_code(directory, _head(model), pieces)
+        _name_code(directory, _head(model))
+        if tokenizer is not None:
+            _begin_texts(directory, model, tokenizer)
 
 
-def _name_code(directory: Path, head: str, pieces: bool) -> None:
-    """Say in the directory's configurations which classes of the code belong to it."""
-    module = CODE.removesuffix(".py")
+def _name_code(directory: Path, head: str) -> None:
+    """Say in the directory's configuration which classes of the code belong to it."""
     raw = files.read_json(directory / CONFIG)
     raw["architectures"] = [head]
     raw["auto_map"] = {
-        "AutoConfig": f"{module}.TransnormerDecoderConfig",
-        "AutoModel": f"{module}.TransnormerDecoderModel",
-        f"AutoModelFor{head.split('For')[1]}": f"{module}.{head}",
+        "AutoConfig": f"{_MODULE}.TransnormerDecoderConfig",
+        "AutoModel": f"{_MODULE}.TransnormerDecoderModel",
+        f"AutoModelFor{head.split('For')[1]}": f"{_MODULE}.{head}",
     }
     files.write_json(raw, directory / CONFIG)
-    if pieces:
-        table = {
+
+
+def _begin_texts(directory: Path, model: Decoder, tokenizer: Any) -> None:
+    """Let texts begin in transformers with the token that they begin with in ``generate``."""
+    known = (model.config.bos_token_id, tokenizer.bos_id, tokenizer.eos_id)
+    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    start = None if all(x is None for x in known) else begin_id(model, tokenizer)
+    file, name = directory / "tokenizer_config.json", names.get(start)
+    table = files.read_json(file) if file.is_file() else {}
+    if name is not None:
+        table["bos_token"] = name
+    if (directory / "tokenizer.model").is_file():
+        table |= {
             "tokenizer_class": "BaiChuanTokenizer",
-            "auto_map": {"AutoTokenizer": [f"{module}.BaiChuanTokenizer", None]},
-            "add_bos_token": False,
+            "auto_map": {"AutoTokenizer": [f"{_MODULE}.BaiChuanTokenizer", None]},
+            "add_bos_token": name is not None,
         }
-        files.write_json(table, directory / "tokenizer_config.json")
+    elif not (directory / bpe.FILE_NAME).is_file():
+        # transformers has no class for what is there.
+        return
+    elif start is not None and name is not None:
+        bpe.add_start(directory, name, start)
+    files.write_json(table, file)

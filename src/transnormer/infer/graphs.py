@@ -29,7 +29,8 @@ class Arriving:
             self._values = torch.empty_like(values, device="cpu", pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            # Of their device, which need not be the current one.
+            self._arrived.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[list[int]]:
         """Wait for them alone."""

@@ -1,6 +1,6 @@
 """Putting the tensors of a directory into a model that was built without memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from operator import methodcaller
 from pathlib import Path
 
@@ -44,13 +44,24 @@ def assemble(
     for name, (tensor, _) in stored.items():
         wanted = torch.promote_types(stored_dtype, keep[name]) if name in keep else stored_dtype
         tensors[name] = tensor.to(device=device or "cpu", dtype=wanted)
-    for prefix, module in model.named_modules():
-        if any(f"{prefix}.{name}" not in stored for name, _ in module.named_buffers(recurse=False)):
-            module.to_empty(device=device or "cpu", recurse=False)
-            methodcaller("reset_parameters")(module)
+    compute_buffers(model, stored, device or "cpu")
     # After the buffers that are computed: a module may have stored tensors beside them.
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(True).eval()
+
+
+def compute_buffers(model: nn.Module, stored: Container[str], device: torch.device | str) -> None:
+    """Initialise the modules of a model on the meta device that have buffers, with what else is theirs.
+
+    Args:
+        model: changed in place.
+        stored: names of tensors; a module whose buffers are all among them is left as it is.
+        device: where to.
+    """
+    for prefix, module in model.named_modules():
+        if any(f"{prefix}.{name}" not in stored for name, _ in module.named_buffers(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+            methodcaller("reset_parameters")(module)
 
 
 def _kept_precise(model: nn.Module) -> dict[str, torch.dtype]:

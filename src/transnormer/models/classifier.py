@@ -63,16 +63,17 @@ class SequenceClassifier(nn.Module):
         self.config = config
         self.backbone = Decoder(config.backbone)
         self.head = nn.Linear(config.backbone.model_dim, config.num_classes)
-        self._reset_head()
+        self.reset_head()
 
-    def _reset_head(self) -> None:
+    def reset_head(self) -> None:
+        """Initialise the head in place."""
         nn.init.normal_(self.head.weight, std=self.config.backbone.init_std)
         nn.init.zeros_(self.head.bias)
 
     def reset_parameters(self) -> None:
         """Initialise everything in place: after ``to_empty`` this makes a new model."""
         self.backbone.reset_parameters()
-        self._reset_head()
+        self.reset_head()
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of every sequence, [batch, num_classes], in the model's dtype.

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transnormer.config import Config
 from transnormer.models import inputs
 from transnormer.models.fingerprint import fingerprint
+from transnormer.models.label_scores import LabelScores, label_scores
+from transnormer.models.resets import reset_others, reset_projections
 from transnormer.models.state import DecoderState
 from transnormer.nn.channel_mixers import ChannelMixerConfig
 from transnormer.nn.norms import NormConfig
@@ -190,26 +192,24 @@ class Decoder(nn.Module):
         self.final_norm = config.final_norm.build(config.model_dim)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
-        self.reset_parameters()
+        # Without memory there is nothing to reset, and no random numbers are spent.
+        if not self.embedding.weight.is_meta:
+            self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise everything in place, buffers too: after ``to_empty`` this makes a new model.
 
         Projections and embeddings N(0, init_std^2), biases 0, the pad row 0, as the released code.
         """
-        others = []
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.init_std)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif module is not self and callable(reset):
-                others.append(reset)
-        # After the projections: a mixer with an initialisation of its own overrides the common one.
-        for reset in others:
-            reset()
+        for part in self.children():
+            reset_projections(part, self.config.init_std)
+        for part in self.children():
+            reset_others(part)
+        self.reset_pad_row()
+
+    @torch.no_grad()
+    def reset_pad_row(self) -> None:
+        """Let the embedding of pads be 0, where there are any."""
         if self.config.pad_token_id is not None:
             self.embedding.weight[self.config.pad_token_id].zero_()
 
@@ -253,6 +253,7 @@ class Decoder(nn.Module):
         x = F.dropout(x, config.dropout, self.training)
         if self.autocast_residual:
             x = x.to(autocast_dtype(x))
+        x = inputs.finite_pads(x, mask)
         layers = []
         shared = {kind: part() for kind, part in self.shared.items()}
         for i, block in enumerate(self.blocks):
@@ -319,6 +320,10 @@ class Decoder(nn.Module):
     def summed_loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy of normed hidden states, [rows, model_dim], against labels [rows]."""
         return linear_cross_entropy(x, self.head_weight, labels, reduction="sum")
+
+    def label_scores(self, input_ids: Tensor, labels: Tensor, **inputs: Any) -> LabelScores:
+        """What the model says of labels; see ``label_scores.label_scores``."""
+        return label_scores(self, input_ids, labels, **inputs)
 
     def loss(
         self,

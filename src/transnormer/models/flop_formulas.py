@@ -54,7 +54,7 @@ def flop_formulas() -> dict[Any, Formula]:
         each = (joint[0], joint[1], joint[2] // (4 * head_dim), head_dim)
         return attention_flops(each, each, each)
 
-    def joint_backward(grad: Any, x: Any, o: Any, active: Any, *rest: Any, **options: Any) -> int:
+    def joint_backward(grad: Any, x: Any, o: Any, a: Any, states: Any, *rest: Any, **k: Any) -> int:
         return 2 * joint(x, *rest)
 
     def glu(joint: Any, weight: Any, *rest: Any, **options: Any) -> int:

@@ -109,6 +109,14 @@ def needed_mask(mask: Tensor | None) -> Tensor | None:
     return mask
 
 
+def finite_pads(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x, [batch, seq, model_dim], without the NaN and infinities of masked tokens.
+
+    Layers give a masked token the weight 0, and 0 times NaN is NaN.
+    """
+    return x if mask is None else torch.where(mask[..., None], x, x.nan_to_num(0.0, 0.0, 0.0))
+
+
 def check_positions(positions: Tensor, max_positions: int) -> None:
     """Raise ValueError where learned positions end before the sequence does."""
     if checks.values_are_visible(positions) and int(positions.max()) >= max_positions:

@@ -12,6 +12,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from transnormer.files import write_atomic
+from transnormer.models.fingerprint import PREFIX
 from transnormer.nn.state import from_named_tensors, map_tensors, named_tensors
 
 _FORMAT = "transnormer-state-1"
@@ -122,9 +123,14 @@ class DecoderState(NamedTuple):
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a saved state; expected format {_FORMAT}")
         fingerprint = model.fingerprint()
-        if metadata.get("fingerprint") != fingerprint:
+        if not metadata.get("fingerprint", "").startswith(PREFIX):
             raise ValueError(
-                f"{path} is the state of the model {metadata.get('fingerprint', '?')[:12]}; "
+                f"{path} names its model by a fingerprint of an earlier kind, which did not see every "
+                f"order of weights; expected {fingerprint[:12]}; read the text again and save anew"
+            )
+        if metadata["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{path} is the state of the model {metadata['fingerprint'][:12]}; "
                 f"expected {fingerprint[:12]}, the fingerprint of this model; load the model that "
                 "saved it, in the same dtype"
             )

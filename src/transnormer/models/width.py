@@ -1,9 +1,10 @@
 """Width transfer: rates and initial values that are right at one width, at every width (muP)."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transnormer.models.decoder import Decoder
 
@@ -46,8 +47,8 @@ def width_scales(model: Decoder, base_dim: int) -> dict[str, Scale]:
 
 
 @torch.no_grad()
-def scale_initial_values(model: Decoder, scales: dict[str, Scale]) -> None:
-    """Multiply the initial values of a new model in place."""
-    for name, parameter in model.named_parameters():
+def scale_initial_values(values: Mapping[str, Tensor], scales: Mapping[str, Scale]) -> None:
+    """Multiply the initial values of a new model in place; values are some or all, by name."""
+    for name, x in values.items():
         if name in scales:
-            parameter.mul_(scales[name].init)
+            x.mul_(scales[name].init)

@@ -2,11 +2,13 @@
 
 from transnormer.optim.optimizers import Optimizer, OptimizerConfig, build_optimizer, is_matrix
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
+from transnormer.optim.shared_muon import WholeMatrices
 
 __all__ = [
     "Optimizer",
     "OptimizerConfig",
     "ScheduleConfig",
+    "WholeMatrices",
     "build_optimizer",
     "is_matrix",
     "lr_factor",

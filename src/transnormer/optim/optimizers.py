@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transnormer.optim.rounded_adamw import RoundedAdamW
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
+from transnormer.optim.shared_muon import SharedMuon, WholeMatrices
 
 
 class OptimizerConfig(ScheduleConfig):
@@ -161,6 +162,7 @@ def build_optimizer(
     lr_scales: Mapping[str, float] | None = None,
     *,
     compile_backend: str | None = None,
+    matrices: WholeMatrices | None = None,
 ) -> Optimizer:
     """Build the optimizer of a model's trainable parameters.
 
@@ -171,7 +173,8 @@ def build_optimizer(
 
     lr_scales multiplies the rate of AdamW's parameters by name; their weight decay a step, rate
     times weight_decay, does not change. compile_backend compiles the update of bfloat16 moments; the
-    other optimizers are fused as they are.
+    other optimizers are fused as they are. matrices is how muon works on matrices that lie on several
+    processes; None has them here.
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not named:
@@ -187,7 +190,7 @@ def build_optimizer(
         }
         if not blocks:
             raise ValueError("optimizer.name is 'muon'; expected a model with matrices in blocks")
-        parts.append(_muon(blocks.values(), config))
+        parts.append(_muon(blocks, config, matrices))
     if rest:
         parts.append(_adamw(rest, config, lr_scales or {}, compile_backend))
     return Optimizer(parts, names)
@@ -226,11 +229,14 @@ def _adamw(
     )
 
 
-def _muon(params: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.Muon(
-        list(params),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
+def _muon(
+    named: Mapping[str, Tensor], config: OptimizerConfig, matrices: WholeMatrices | None
+) -> torch.optim.Optimizer:
+    rates = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+    }
+    if matrices is not None:
+        return SharedMuon(named, matrices, **rates)
+    return torch.optim.Muon(list(named.values()), adjust_lr_fn="match_rms_adamw", **rates)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Map = Callable[[Tensor, dist.ProcessGroup | None, int], Tensor]
+
 # Later torches warn of the old names, which earlier ones have alone.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter: Callable[..., Any] = getattr(
@@ -39,6 +41,11 @@ def summed_part(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
     total = parts.new_empty(parts[0].shape)
     _reduce_scatter(total.view(-1), parts.view(-1), group=group)
     return total
+
+
+def _own(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
+    part = x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
+    return part.contiguous()
 
 
 def _times(shape: torch.Size, dim: int, size: int) -> list[int]:
@@ -83,58 +90,40 @@ class Total(torch.autograd.Function):
         return _summed(grad, ctx.group), None
 
 
-class Gather(torch.autograd.Function):
-    """All ranks' parts along a dim, into work that the ranks share; gradients are summed."""
+def _along(ahead: Map, back: Map) -> tuple[Any, Any]:
+    """The methods of a function of (x, group, dim): x goes by one map, its gradient by the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return gathered(x, group, dim)
+        return ahead(x, group, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return summed_part(grad, ctx.group, ctx.dim), None, None
+        return back(grad, ctx.group, ctx.dim), None, None
+
+    return forward, backward
+
+
+class Gather(torch.autograd.Function):
+    """All ranks' parts along a dim, into work that the ranks share; gradients are summed."""
+
+    forward, backward = _along(gathered, summed_part)
 
 
 class Scatter(torch.autograd.Function):
     """This rank's part along a dim of the sum of all ranks' shares."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return summed_part(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gathered(grad, ctx.group, ctx.dim), None, None
+    forward, backward = _along(summed_part, gathered)
 
 
 class Part(torch.autograd.Function):
     """This rank's part along a dim of what all ranks have, with the whole gradient on each."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _own(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gathered(grad, ctx.group, ctx.dim), None, None
+    forward, backward = _along(_own, gathered)
 
 
 class Join(torch.autograd.Function):
     """All ranks' parts along a dim, which every rank goes on with alike."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return gathered(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _own(grad, ctx.group, ctx.dim), None, None
-
-
-def _own(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
-    part = x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
-    return part.contiguous()
+    forward, backward = _along(gathered, _own)

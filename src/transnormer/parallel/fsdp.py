@@ -24,7 +24,8 @@ def apply_fsdp(
     what lies outside of the blocks as one (Zhao et al. 2023, arXiv:2304.11277; ``fully_shard``).
 
     Args:
-        model: on its device; changed in place. ``forward`` and ``loss`` gather what they need.
+        model: on its device; changed in place. ``forward``, ``loss`` and ``label_scores`` gather what
+            they need.
         mesh: one axis of shards, or an axis of replicas and one of shards.
         gather_dtype: blocks are gathered and computed in it, under an autocast of the same dtype,
             which would have rounded their matrices anyway. Embedding, head, norms, angles and
@@ -48,7 +49,7 @@ def apply_fsdp(
         module.set_gradient_divide_factor(1.0)
         # A factor in the reduction is not known to every backend, and 1 needs none.
         module.set_force_sum_reduction_for_comms(True)
-    for method in ("loss", "gather_parameters", "read_turn", "share_gradients"):
+    for method in ("loss", "label_scores", "gather_parameters", "read_turn", "share_gradients"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     return model

@@ -1,6 +1,6 @@
 """How the processes of a run train one model: what the trainer calls, for any mesh."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from transnormer.models.classifier import SequenceClassifier
 from transnormer.models.decoder import Decoder
-from transnormer.optim import Optimizer
+from transnormer.optim import Optimizer, WholeMatrices
 from transnormer.parallel.fsdp import apply_fsdp
 from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.mesh import Axes, build_meshes
@@ -23,6 +24,7 @@ from transnormer.parallel.state_dict import clip, gather_whole, total_norm
 from transnormer.parallel.state_exchange import Chain, Exchange
 from transnormer.parallel.tensor import apply_tensor_parallel
 from transnormer.parallel.tensor_layers import Fused
+from transnormer.parallel.whole_matrices import MatricesOnRanks
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 T = TypeVar("T")
@@ -88,10 +90,16 @@ class Layout(OneModel):
         self._plain: Callable[..., nn.Module] = Decoder
         self._fused: dict[str, Fused] = {}
 
-    def wrap(self, model: ModelT) -> ModelT:
+    def wrap(self, model: ModelT, values: Iterable[Mapping[str, Tensor]] | None = None) -> ModelT:
         """Lay a finished model out, the same on every rank, before its optimizer is built.
 
-        Checkpointing of activations and compilation come first.
+        Checkpointing of activations and compilation come first. A model with parameters on the meta
+        device gets memory for this rank's shares alone, once it is laid out.
+
+        Args:
+            model: finished; changed in place.
+            values: whole tensors of a model on the meta device, some at a time, which are copied
+                into the shares; what is in none of them stays unset. None: the model has its own.
 
         Raises:
             NotImplementedError: a layer that cannot read sequences in parts; a model that is no
@@ -108,13 +116,17 @@ class Layout(OneModel):
             apply_sequence_parallel(model, group, exchange=self._exchange, overlap=self._overlap)
         held = self._meshes.parameters
         if self._axes.tp > 1:
-            if not isinstance(model, Decoder):
+            # The pool and the head of a classifier read the stream, which all ranks have.
+            inner, prefix = model, ""
+            if isinstance(model, SequenceClassifier):
+                inner, prefix = model.backbone, "backbone."
+            if not isinstance(inner, Decoder):
                 raise NotImplementedError(
                     f"parallel.tp is {self._axes.tp} and the model a {type(model).__name__}; "
-                    "expected a decoder; set it to 1"
+                    "expected a decoder or a classifier; set it to 1"
                 )
-            tp = apply_tensor_parallel(model, held["tp"], cut_residual=self._cut_residual)
-            self._fused = tp.fused
+            tp = apply_tensor_parallel(inner, held["tp"], cut_residual=self._cut_residual)
+            self._fused = {prefix + name: fused for name, fused in tp.fused.items()}
         if isinstance(model, Decoder) and model.config.causal and self._axes.tp == 1:
             parts = self._meshes.tokens["sp"]
             chain = Chain(parts.get_group(), parts.get_local_rank(), parts.size())
@@ -122,7 +134,17 @@ class Layout(OneModel):
         mesh = self._fsdp_mesh()
         if mesh is not None:
             apply_fsdp(model, mesh, gather_dtype=self._gather_dtype)
+        if values is not None:
+            self._fill(model, values)
         return model
+
+    def _fill(self, model: nn.Module, values: Iterable[Mapping[str, Tensor]]) -> None:
+        """Give what is on the meta device memory, and copy values into this rank's shares."""
+        # As to_empty, but for what is real.
+        model._apply(lambda x: torch.empty_like(x, device=self._device) if x.is_meta else x)
+        shares = self._shares(model.state_dict())
+        for some in values:
+            fill_all({name: shares[name] for name in some}, some)
 
     def _second_group(self) -> dist.ProcessGroup:
         """One more group of the ranks that share sequences."""
@@ -149,6 +171,10 @@ class Layout(OneModel):
         # or a layer have the same ones.
         dist.all_reduce(total, group=self._patient)
         return total / (self._axes.sp * self._axes.tp)
+
+    def matrices(self) -> WholeMatrices | None:
+        """How these processes work on whole matrices; see ``MatricesOnRanks``."""
+        return MatricesOnRanks(self._fused_of, None, self._axes.dp_replicate)
 
     def after_backward(self, model: nn.Module) -> None:
         """Nothing is left to do: gradients were summed where they were made."""
@@ -208,13 +234,20 @@ class Layout(OneModel):
             copies: where to copy them to, so that they may change while they are written; None
                 leaves them where they are.
         """
+        return StagedShares(model, self._held(model, optimizer), self._saving, copies)
+
+    def _held(self, model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Share]]:
+        """What this rank writes of a checkpoint, by the stem of the files."""
         # Copies of the model hold the same: the first one writes.
         writes = self._meshes.parameters["dp_replicate"].get_local_rank() == 0
-        shares = {
-            "model": self._shares(model.state_dict(), writes=writes),
+        return {
+            "model": self._shares(self._exported(model), writes=writes),
             "optimizer": self._shares(optimizer.state_tensors(), writes=writes),
         }
-        return StagedShares(model, shares, self._saving, copies)
+
+    def _exported(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors that a checkpoint holds of a model."""
+        return model.state_dict()
 
     def _shares(self, tensors: Mapping[str, Tensor], *, writes: bool = True) -> dict[str, Share]:
         return {

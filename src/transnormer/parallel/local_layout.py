@@ -18,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from transnormer.models.random_state import random_state, set_random_state
-from transnormer.optim import Optimizer
+from transnormer.optim import Optimizer, WholeMatrices
 from transnormer.parallel.co2 import OuterSync, automatic_tau
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.mesh import Axes
 from transnormer.parallel.outer_config import OuterReport, OuterTable
 from transnormer.parallel.parallel_config import ParallelConfig
+from transnormer.parallel.whole_matrices import MatricesOnRanks
 
 COPIES = "copies"
 # Updates before tau is found from their times, of which the last half counts: the first ones
@@ -37,6 +38,7 @@ def build_layout(
     device: torch.device,
     *,
     gather_dtype: torch.dtype | None = None,
+    kind: type[Layout] = Layout,
 ) -> Layout:
     """Lay the started processes out as a [parallel] table says; every process calls it.
 
@@ -45,6 +47,7 @@ def build_layout(
         processes: that were started.
         device: of this process.
         gather_dtype: of ``apply_fsdp``.
+        kind: of what copies that do not go apart are laid out by.
 
     Raises:
         ValueError: the table does not fit the number of processes.
@@ -52,7 +55,7 @@ def build_layout(
     axes = config.axes(processes)
     if config.outer is not None:
         return LocalLayout(axes, device, config, config.outer, gather_dtype=gather_dtype)
-    return Layout(
+    return kind(
         axes,
         device,
         exchange=config.sp_exchange,
@@ -116,6 +119,12 @@ class LocalLayout(Layout):
 
     def _fsdp_mesh(self) -> DeviceMesh | None:
         return None if self._shards is None else self._meshes.parameters["fsdp"]
+
+    def matrices(self) -> WholeMatrices | None:
+        """How the ranks of this copy work on whole matrices; None where one rank is the copy."""
+        if self._shards is None:
+            return None
+        return MatricesOnRanks(self._fused_of, self._shards, 1)
 
     def summed(self, values: Tensor, total: Tensor) -> Tensor:
         """Return values, float64 [n], summed over the processes of this copy."""
@@ -190,7 +199,11 @@ class LocalLayout(Layout):
             return super().whole(model, optimizer)
 
     def write_own(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> Path | None:
-        """Write this rank's parameters, optimizer, random numbers and outer state."""
+        """Write this rank's parameters, optimizer, random numbers and outer state.
+
+        Raises:
+            OSError: some rank cannot write, on all ranks; nothing of it is left.
+        """
         target = folder / f".{COPIES}"
 
         def clear() -> None:
@@ -206,11 +219,12 @@ class LocalLayout(Layout):
         except (OSError, SafetensorError) as caught:
             error = caught
         # Nobody goes on, and the first does not complete the checkpoint, unless all have written.
-        if self.highest(error is not None):
-            raise RuntimeError(
-                f"the copies' part of a checkpoint cannot be written: {error or 'on another rank'}; "
-                f"expected room in {folder}; free space and continue with --resume"
-            ) from error
+        told: list[str | None] = [None] * self.devices
+        dist.all_gather_object(told, error and str(error), group=self._patient)
+        for rank, text in enumerate(told):
+            if text is not None:
+                shutil.rmtree(target, ignore_errors=True)
+                raise OSError(f"rank {rank}: {text}") from error
         return target
 
     def _own_tensors(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -46,6 +46,18 @@ class ParallelConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_axes(self) -> "ParallelConfig":
+        meant_for = {"sp_exchange": "sp", "sp_overlap": "sp", "tp_residual": "tp"}
+        for key, axis in meant_for.items():
+            value = getattr(self, key)
+            if getattr(self, axis) == 1 and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {value!r} where {axis} is 1; expected {axis} of at least 2: without "
+                    f"that axis it means nothing; set {axis}, or leave {key} out"
+                )
+        return self
+
     def axes(self, processes: int) -> Axes:
         """The axes of so many processes.
 

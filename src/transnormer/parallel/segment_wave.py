@@ -78,7 +78,7 @@ class SegmentWave:
             turn.kept.append(self.receive_state(map_tensors(lambda t: t[:rows], state)))
         arrived = tensors_of(turn.kept[layer])
         if turn.again:
-            x, *arrived = _Enter.apply(self, x, *arrived)
+            x, *arrived = _Enter.apply(self, x, *map(_wanting, arrived))
         left = iter(arrived)
 
         def with_arrived(t: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class SegmentWave:
         pairs = zip(tensors_of(state), tensors_of(entered), strict=True)
         tensors = tuple(t[last].to(like.dtype) for t, like in pairs)
         if turn.again:
-            return _Leave.apply(self, y, *tensors)
+            return _Leave.apply(self, _wanting(y), *tensors)
         self.send(tensors, 1)
         return y
 
@@ -158,6 +158,11 @@ class SegmentWave:
     def _group(self, behind: int) -> dist.ProcessGroup | None:
         """The group for messages between a rank and the one that is ``behind`` it."""
         return self._around if behind in (0, self.chain.size) else self.chain.group
+
+
+def _wanting(x: Tensor) -> Tensor:
+    """x with a gradient: its neighbours send and expect one, also where all before it is frozen."""
+    return x if x.requires_grad else x.detach().requires_grad_(differentiable(x))
 
 
 class _Enter(torch.autograd.Function):

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from transnormer import __version__
 from transnormer.serve.errors import ApiError, ErrorBody, Reply, add_handlers
 from transnormer.serve.forms import ChatForm, CompletionForm
-from transnormer.serve.guard import Guard
+from transnormer.serve.guard import Guard, HeadAsGet
 from transnormer.serve.metrics import CONTENT_TYPE
 from transnormer.serve.replies import ChatCompletion, Completion, ModelCard, ModelList
 from transnormer.serve.respond import respond
@@ -92,6 +92,7 @@ def create_app(service: Service) -> FastAPI:
         return state_bytes + body if path == "/v1/states" else body
 
     app.add_middleware(Guard, config=service.config, metrics=service.metrics, limit=limit)
+    app.add_middleware(HeadAsGet)
     if service.config.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -117,7 +117,8 @@ def add_handlers(app: FastAPI) -> None:
 def _methods(app: FastAPI, path: str) -> set[str]:
     """The methods of all routes of a path; Starlette names those of one route alone."""
     routes = [route for route in app.routes if isinstance(route, Route)]
-    return {x for route in routes if route.path_regex.match(path) for x in route.methods or ()}
+    found = {x for route in routes if route.path_regex.match(path) for x in route.methods or ()}
+    return found | {"HEAD"} if "GET" in found else found
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -17,8 +17,9 @@ from transnormer.serve.answer import Ask, Delta
 from transnormer.serve.errors import as_api_error
 from transnormer.serve.forms import Form
 from transnormer.serve.replies import usage
+from transnormer.serve.runs import Run
 from transnormer.serve.schema import Sampled, StreamOptions
-from transnormer.serve.service import Run, Service
+from transnormer.serve.service import Service
 
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -49,7 +50,7 @@ async def respond(
     try:
         asks = await asked
         if body.stream:
-            return _stream(service, body, asks, form)
+            return await _stream(service, body, asks, form)
         content = await _while_connected(request, _whole(service, body, asks, form))
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
@@ -86,7 +87,7 @@ async def _whole(
     service: Service, body: Sampled, asks: Sequence[Ask], form: Form
 ) -> dict[str, Any]:
     answers = [Delta() for _ in asks]
-    with closing(service.start(form.id, asks)) as run:
+    with closing(await service.start(form.id, asks)) as run:
         async for index, delta in run.news():
             answers[index].add(delta)
     content = form.head(chunk=False) | {
@@ -105,9 +106,9 @@ def _usage(
     return usage(service.prompt_tokens(asks, body.n), count, cached)
 
 
-def _stream(service: Service, body: Sampled, asks: Sequence[Ask], form: Form) -> "_Stream":
+async def _stream(service: Service, body: Sampled, asks: Sequence[Ask], form: Form) -> "_Stream":
     # Started before the first byte is sent, so that a full queue still has its own status.
-    run = service.start(form.id, asks)
+    run = await service.start(form.id, asks)
 
     async def events() -> AsyncIterator[bytes]:
         try:

@@ -3,25 +3,37 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from starlette.concurrency import run_in_threadpool
+from torch import Tensor
 
 from transnormer.data.chat_template import ChatTemplate
 from transnormer.data.tokenizers import Tokenizer
 from transnormer.infer.text import begin_id
 from transnormer.models.cost import ModelCost
 from transnormer.models.decoder import Decoder
-from transnormer.serve.answer import Answer, Ask, Delta, Mailbox
-from transnormer.serve.errors import ApiError, as_api_error
+from transnormer.serve.answer import Ask, Delta
+from transnormer.serve.errors import ApiError
 from transnormer.serve.metrics import Metrics
+from transnormer.serve.runs import Run
 from transnormer.serve.schema import ChatRequest, CompletionRequest, Prompt, Sampled
 from transnormer.serve.serve_config import ServeConfig
 from transnormer.serve.states import Kept, StateFiles, StateInfo, StateStore
 from transnormer.serve.worker import Worker
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 512
+# Prompts that are read and submitted at once. Python's threads take turns of 5 ms, so with many of
+# them the event loop would seldom have its own, and short requests wait behind few long ones.
+_READERS = 4
+# Ids that NumPy takes in a millisecond or two, in which no other thread has its turn. torch.tensor is
+# slower, and many short calls of it keep the others waiting as long as one for the whole list.
+_BLOCK = 1 << 16
+_Result = TypeVar("_Result")
 
 
 class Service:
@@ -63,6 +75,7 @@ class Service:
         self.created = int(time.time())
         self.stopping = False
         self._runs: dict[str, Run] = {}
+        self._readers = asyncio.Semaphore(_READERS)
 
     def _closing(self) -> list[int]:
         """The special token that the chat template closes an answer with, where it has one."""
@@ -73,6 +86,22 @@ class Service:
             return []
         special = set(self.tokenizer.special_tokens.values()) - set(self._ends)
         return [token for token in ids[:1] if token in special]
+
+    async def aside(self, work: Callable[[], _Result]) -> _Result:
+        """Do what takes long for a long prompt in a thread, so that the event loop goes on.
+
+        Who is cancelled does not wait for it, but its thread counts as one until it ends.
+        """
+        await self._readers.acquire()
+        job = asyncio.ensure_future(run_in_threadpool(work))
+        job.add_done_callback(self._after)
+        return await asyncio.shield(job)
+
+    def _after(self, job: asyncio.Future[Any]) -> None:
+        self._readers.release()
+        if not job.cancelled():
+            # Asked for here, since nobody else may be there to see it.
+            job.exception()
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError unless a request means the model that is served."""
@@ -95,7 +124,8 @@ class Service:
         self._check_count("max_tokens", count)
         asks = []
         for prompt in body.prompt:
-            ids, text = await run_in_threadpool(self._read, prompt, kept is None, bool(body.echo))
+            read = partial(self._read, prompt, kept is None, bool(body.echo))
+            ids, text = await self.aside(read)
             asks += self._asks(
                 body,
                 ids,
@@ -121,7 +151,7 @@ class Service:
         if count is None:
             count = min(CHAT_TOKENS, self.config.max_new_tokens)
         self._check_count("max_completion_tokens", count)
-        ids = await run_in_threadpool(self._converse, body, kept)
+        ids = await self.aside(partial(self._converse, body, kept))
         top = (body.top_logprobs or 0) if body.logprobs else None
         return self._asks(
             body,
@@ -138,8 +168,7 @@ class Service:
     def _kept(self, body: Sampled, choices: int) -> Kept | None:
         """The state that a request goes on from, after a look at what it asks for."""
         self.check_model(body.model)
-        if self.stopping:
-            raise ApiError(503, "the server is stopping; try another", code="stopping")
+        self._check_not_stopping()
         if choices > self.config.max_choices:
             raise ApiError(
                 400,
@@ -151,6 +180,10 @@ class Service:
             raise ApiError(400, "the server keeps no states; expected keep_state false")
         return None if body.state is None else self.states.get(body.state)
 
+    def _check_not_stopping(self) -> None:
+        if self.stopping:
+            raise ApiError(503, "the server is stopping; try another", code="stopping")
+
     def _check_count(self, name: str, count: int) -> None:
         most = self.config.max_new_tokens
         if count > most:
@@ -159,7 +192,7 @@ class Service:
     def _asks(
         self,
         body: Sampled,
-        ids: list[int],
+        ids: Tensor,
         text: str,
         count: int,
         kept: Kept | None,
@@ -172,7 +205,7 @@ class Service:
         seed = body.seed
         return [
             Ask(
-                ids=torch.tensor(ids, dtype=torch.int64),
+                ids=ids,
                 text=text,
                 from_start=from_start,
                 max_new_tokens=count,
@@ -188,16 +221,19 @@ class Service:
             for choice in range(body.n)
         ]
 
-    def _read(self, prompt: Prompt, from_start: bool, echo: bool) -> tuple[list[int], str]:
+    def _read(self, prompt: Prompt, from_start: bool, echo: bool) -> tuple[Tensor, str]:
         """The ids of a prompt, and its text."""
         if isinstance(prompt, str):
-            if not from_start:
-                return self.tokenizer.encode_inside(prompt), prompt
-            return [begin_id(self.model, self.tokenizer), *self.tokenizer.encode(prompt)], prompt
-        return prompt, self.tokenizer.decode(prompt) if echo else ""
+            encode = self.tokenizer.encode if from_start else self.tokenizer.encode_inside
+            begin = [begin_id(self.model, self.tokenizer)] if from_start else []
+            return _as_ids([*begin, *encode(prompt)]), prompt
+        return _as_ids(prompt), self.tokenizer.decode(prompt) if echo else ""
 
-    def _converse(self, body: ChatRequest, kept: Kept | None) -> list[int]:
+    def _converse(self, body: ChatRequest, kept: Kept | None) -> Tensor:
         """The ids of a conversation, or of what follows a state."""
+        return _as_ids(self._conversation(body, kept))
+
+    def _conversation(self, body: ChatRequest, kept: Kept | None) -> list[int]:
         messages = [message.plain() for message in body.messages]
         if kept is None:
             ids = self.template.encode(messages)
@@ -213,18 +249,25 @@ class Service:
         """Tokens of all prompts; several answers to one prompt count it once."""
         return sum(len(ask.ids) for ask in asks[::n])
 
-    def start(self, name: str, asks: Sequence[Ask]) -> "Run":
-        """Hand requests to the engine; whoever calls this closes the run, however it goes.
+    async def start(self, name: str, asks: Sequence[Ask]) -> Run:
+        """Hand requests to the engine; whoever gets the run closes it, however it goes.
 
         Args:
             name: id of the answer.
             asks: an entry an answer.
 
         Raises:
+            ApiError: the server is stopping.
             QueueFull: the engine has no room for all of them.
             ValueError, TypeError: what the engine refuses.
         """
+        self._check_not_stopping()
         run = self._runs[name] = Run(self, name, asks)
+        try:
+            await self.aside(run.submit)
+        except BaseException:
+            run.close()
+            raise
         return run
 
     def forget(self, name: str) -> None:
@@ -252,96 +295,11 @@ class Service:
         return self.states.put(Kept(delta.state, delta.last_id))
 
 
-class Run:
-    """The answers of one HTTP request while they come.
-
-    Args:
-        service: whose engine answers.
-        name: id of the answer.
-        asks: an entry an answer.
-
-    Attributes:
-        ended: its client has asked that it ends here.
-    """
-
-    def __init__(self, service: Service, name: str, asks: Sequence[Ask]) -> None:
-        self.ended = False
-        self._service, self._name = service, name
-        self._deadline = asyncio.get_running_loop().time() + service.config.request_seconds
-        self._timeout: asyncio.Timeout | None = None
-        self._mailbox = Mailbox(service.config.stream_tokens)
-        answers = [
-            Answer(ask, service.tokenizer, index, self._mailbox) for index, ask in enumerate(asks)
-        ]
-        self._began = time.perf_counter()
-        self._requests = service.worker.submit(answers)
-        self._open = set(range(len(asks)))
-
-    def cancel(self) -> None:
-        """End all that has not ended."""
-        for request in self._requests:
-            if not request.finished:
-                request.cancel()
-
-    def hurry(self, seconds: float) -> None:
-        """Leave so much time from now on, if there was more."""
-        self._deadline = min(self._deadline, asyncio.get_running_loop().time() + seconds)
-        if self._timeout is not None:
-            self._timeout.reschedule(self._deadline)
-
-    def close(self) -> None:
-        """Cancel, and let go of the id."""
-        self._service.forget(self._name)
-        self.cancel()
-
-    async def news(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Each answer's news as they come, to the end of the last.
-
-        Raises:
-            ApiError: the time is over, or an answer ended with an error.
-        """
-        first = True
-        while self._open:
-            news = await self._next()
-            if first:
-                self._service.metrics.first_token.observe(time.perf_counter() - self._began)
-                first = False
-            for index, delta in sorted(news.items()):
-                self._check(delta)
-                if delta.finish_reason is not None:
-                    self._open.discard(index)
-                yield index, delta
-
-    async def _next(self) -> dict[int, Delta]:
-        """What comes next."""
-        try:
-            async with asyncio.timeout_at(self._deadline) as self._timeout:
-                return await self._mailbox.get()
-        except TimeoutError:
-            if self._service.stopping:
-                raise ApiError(503, "the server is stopping", code="stopping") from None
-            raise ApiError(
-                504,
-                f"no answer within {self._service.config.request_seconds:g} seconds; expected "
-                "fewer tokens or less load",
-                code="timeout",
-            ) from None
-        finally:
-            self._timeout = None
-
-    def _check(self, delta: Delta) -> None:
-        if delta.error is not None:
-            raise as_api_error(delta.error) from delta.error
-        if delta.finish_reason != "cancelled":
-            return
-        if not self.ended:
-            raise ApiError(
-                503,
-                "the request was ended: its reader is slower than "
-                f"{self._service.config.stream_tokens} tokens, or the server is stopping",
-                code="cancelled",
-            )
-        delta.finish_reason = "stop"
+def _as_ids(ids: Sequence[int]) -> Tensor:
+    """The ids as int64 [tokens]; in blocks, between which other threads have their turn."""
+    starts = range(0, max(len(ids), 1), _BLOCK)
+    blocks = [np.array(ids[start : start + _BLOCK], dtype=np.int64) for start in starts]
+    return torch.from_numpy(np.concatenate(blocks))
 
 
 def new_id(kind: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from transnormer.train.adapters import open_adapters
 from transnormer.train.backward import make_backward
 from transnormer.train.batches import Batches
 from transnormer.train.model_setup import set_up
@@ -26,6 +27,7 @@ _EXACT: dict[str, dict[str, Any]] = {
         "precision": "float32",
         "weights": "float32",
         "residual": "float32",
+        "float8": "none",
         "compile": False,
         "activation_memory": 1.0,
         "cuda_graph": False,
@@ -134,6 +136,9 @@ def _exact(config: RunConfig) -> RunConfig:
     data = config.model_dump()
     for table, values in _EXACT.items():
         data[table] |= values
+    for table in ("objective", "lora"):
+        if "dropout" in (data[table] or {}):
+            data[table]["dropout"] = 0.0
     return RunConfig.model_validate(data)
 
 
@@ -145,6 +150,8 @@ def _pass(config: RunConfig, folder: Path, sync: GradSync, device: torch.device)
     )
     torch.manual_seed(config.train.seed)
     model, optimizer = set_up(config, objective, None, device, sync)
+    if config.lora is not None:
+        open_adapters(model)
     backward = make_backward(objective, model, device, "float32", config.train.segment_tokens)
     batches = Batches(objective, config.samples_per_step, config.batch_over(sync.world_size)).take(
         0
@@ -163,9 +170,9 @@ def _pass(config: RunConfig, folder: Path, sync: GradSync, device: torch.device)
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             )
     whole = sync.whole(model, optimizer)
-    gradients = (
-        {} if whole is None else {n: p.detach().cpu() for n, p in whole[0].named_parameters()}
-    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    named = () if whole is None else whole[0].named_parameters()
+    gradients = {name: p.detach().cpu() for name, p in named if name in trained}
     return _Pass(loss, norm, gradients)
 
 

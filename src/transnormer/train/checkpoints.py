@@ -6,7 +6,8 @@ Its COMPLETE file, written last, lists size and SHA-256 of every other file.
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -160,19 +161,31 @@ def write_checkpoint(run_dir: Path, staged: Staged, contents: Contents, *, keep_
         remove_leftovers(run_dir)
         temporary.mkdir(parents=True)
 
+    with refused_in_one_line(run_dir, contents.counters.step):
+        try:
+            staged.from_first(begin)
+            staged.write(temporary, tokenizer_fingerprint=contents.tokenizer.fingerprint)
+            staged.from_first(lambda: _complete(run_dir, temporary, target, contents, keep_last))
+        except (OSError, SafetensorError):
+            for folder in (temporary, contents.own):
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return target
+
+
+@contextmanager
+def refused_in_one_line(run_dir: Path, step: int) -> Iterator[None]:
+    """Raise RuntimeError, which names the last good checkpoint, where the disk refuses a step's."""
     try:
-        staged.from_first(begin)
-        staged.write(temporary, tokenizer_fingerprint=contents.tokenizer.fingerprint)
-        staged.from_first(lambda: _complete(run_dir, temporary, target, contents, keep_last))
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         last = find_checkpoint(run_dir).path
         raise RuntimeError(
-            f"checkpoint of step {contents.counters.step} cannot be written: {error}; expected room "
-            f"in {target.parent}; the last good checkpoint is {last or 'none'}; free space and "
+            f"checkpoint of step {step} cannot be written: {error}; expected room in "
+            f"{run_dir / CHECKPOINTS}; the last good checkpoint is {last or 'none'}; free space and "
             "continue with --resume"
         ) from error
-    return target
 
 
 def _complete(

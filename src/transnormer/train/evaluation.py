@@ -9,6 +9,7 @@ import torch
 from transnormer.data import Tokenizer
 from transnormer.models.checkpoint import AnyModel
 from transnormer.models.decoder import Decoder
+from transnormer.train.precision import autocast_for
 from transnormer.train.signals import Stop
 
 ModelT = TypeVar("ModelT", bound=AnyModel)
@@ -51,11 +52,13 @@ def evaluate_until(
     model: ModelT,
     *,
     compiled: bool = False,
+    precision: str = "float32",
 ) -> FoundT | None:
     """Score a model in eval mode; None where a signal asks to stop before all is scored.
 
     Random numbers that the evaluation draws change nothing for the run. A compiled model runs
-    uncompiled here: each length of text would cost a graph of its own.
+    uncompiled here: each length of text would cost a graph of its own. precision is that of a model
+    whose parameters are gathered in it.
     """
 
     def check(tokens: int) -> None:
@@ -65,8 +68,9 @@ def evaluate_until(
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     plain = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    rounded = autocast_for(precision, device) or nullcontext()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), plain:
+        with torch.random.fork_rng(devices), torch.no_grad(), plain, rounded:
             return evaluate(model.eval(), check)
     except _Stopped:
         return None

@@ -14,6 +14,8 @@ from transnormer.train.signals import SignalName, Stop
 from transnormer.train.sync import GradSync, OneProcess
 
 T = TypeVar("T")
+# Key, value, whether it is refused here, and why.
+_Refused = tuple[str, Any, bool, str]
 _SIGNALS: tuple[SignalName | None, ...] = (None, "SIGINT", "SIGTERM")
 
 
@@ -31,64 +33,99 @@ def join_processes(config: RunConfig, device: torch.device) -> tuple[GradSync, t
         return OneProcess(), device
     _refuse(config)
     # torch.distributed costs a second to import, which one process need not pay.
+    from transnormer.parallel.layout import Layout
     from transnormer.parallel.local_layout import build_layout
     from transnormer.parallel.mesh import start_processes
+    from transnormer.train.adapter_layout import AdapterLayout
 
     device = start_processes(device.type)
     half = choose_precision(config.train.precision, device) == "bfloat16"
     gather_dtype = torch.bfloat16 if half else None
-    layout = build_layout(config.parallel, world.world_size, device, gather_dtype=gather_dtype)
+    layout = build_layout(
+        config.parallel,
+        world.world_size,
+        device,
+        gather_dtype=gather_dtype,
+        kind=Layout if config.lora is None else AdapterLayout,
+    )
     return cast(GradSync, layout), device
 
 
 def _refuse(config: RunConfig) -> None:
     """Raise NotImplementedError for what one process alone can do."""
-    refused: dict[str, tuple[Any, bool, str]] = {
-        "guard.action": (
-            config.guard.action,
-            config.guard.action == "rollback" and config.parallel.outer is not None,
-            "copies that update on their own have no one state to go back to; take 'skip'",
-        ),
-        "train.segment_tokens": (
-            config.train.segment_tokens,
-            config.train.segment_tokens is not None and config.parallel.tp > 1,
-            "states of heads that lie on several ranks are not cut; set parallel.tp to 1",
-        ),
-        "train.checkpointing": (
-            config.train.checkpointing,
-            config.train.checkpointing != "none"
-            and config.train.compile
-            and config.parallel.sp > 1
-            and config.train.segment_tokens is None,
-            "states are exchanged outside of graphs, and a block that is computed again is one graph "
-            "or none; set one of it, train.compile and parallel.sp to its default",
-        ),
-        "train.cuda_graph": (
-            config.train.cuda_graph,
-            config.train.cuda_graph,
-            "collectives are not captured; set it to false",
-        ),
-        "objective.kind": (
-            config.objective.kind,
-            config.objective.kind != "causal",
-            "only the causal objective's evaluation runs on shared parameters",
-        ),
-        "lora": (
-            config.lora,
-            config.lora is not None,
-            "adapters are not laid out on ranks; leave it out",
-        ),
-        "optimizer.name": (
-            config.optimizer.name,
-            config.optimizer.name == "muon",
-            "its updates need whole matrices, which no rank holds; take 'adamw'",
-        ),
-    }
-    for key, (value, wrong, why) in refused.items():
+    for key, value, wrong, why in _refused_settings(config) + _refused_kinds(config):
         if wrong:
             raise NotImplementedError(
                 f"{key} is {value!r}; expected another value with several processes: {why}"
             )
+
+
+def _refused_settings(config: RunConfig) -> list[_Refused]:
+    """How a run may not be computed."""
+    parallel = config.parallel
+    return [
+        (
+            "guard.action",
+            config.guard.action,
+            config.guard.action == "rollback" and parallel.outer is not None,
+            "copies that update on their own have no one state to go back to; take 'skip'",
+        ),
+        (
+            "train.segment_tokens",
+            config.train.segment_tokens,
+            config.train.segment_tokens is not None and parallel.tp > 1,
+            "states of heads that lie on several ranks are not cut; set parallel.tp to 1",
+        ),
+        (
+            "train.checkpointing",
+            config.train.checkpointing,
+            config.train.checkpointing != "none"
+            and config.train.compile
+            and parallel.sp > 1
+            and config.train.segment_tokens is None,
+            "states are exchanged outside of graphs, and a block that is computed again is one graph "
+            "or none; set one of it, train.compile and parallel.sp to its default",
+        ),
+        (
+            "train.float8",
+            config.train.float8,
+            config.train.float8 != "none" and parallel.tp > 1,
+            "the parts of a projection on several ranks have products of their own; set parallel.tp "
+            "to 1",
+        ),
+        (
+            "train.cuda_graph",
+            config.train.cuda_graph,
+            config.train.cuda_graph,
+            "collectives are not captured; set it to false",
+        ),
+    ]
+
+
+def _refused_kinds(config: RunConfig) -> list[_Refused]:
+    """What may not be trained."""
+    parallel, adapters = config.parallel, config.lora is not None
+    return [
+        (
+            "objective.kind",
+            config.objective.kind,
+            config.objective.kind == "classification" and parallel.sp > 1,
+            "a text has one label, which no part of it can be asked for alone; set parallel.sp to 1",
+        ),
+        (
+            "lora",
+            config.lora,
+            adapters and parallel.tp > 1,
+            "adapters of projections that lie on several ranks are not cut; set parallel.tp to 1",
+        ),
+        (
+            "lora",
+            config.lora,
+            adapters and parallel.outer is not None,
+            "copies that go apart export their mean, into which no adapters are merged; leave "
+            "[parallel.outer] out",
+        ),
+    ]
 
 
 @contextmanager

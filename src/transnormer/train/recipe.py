@@ -20,7 +20,7 @@ from transnormer.train.objective_config import (
     ObjectiveConfig,
 )
 from transnormer.train.profiling import ProfileConfig
-from transnormer.train.recipe_checks import check_lines, check_lora, check_outer
+from transnormer.train.recipe_checks import check_float8, check_lines, check_lora, check_outer
 from transnormer.train.train_config import TrainConfig
 
 _SIZES = ("model_dim", "num_layers", "heads", "glu_dim")
@@ -264,6 +264,7 @@ class RunConfig(Config):
             self.check_model()
         check_lines(self)
         check_lora(self)
+        check_float8(self)
         check_outer(self)
         half = (self.optimizer.states, self.train.precision) == ("bfloat16", "bfloat16")
         if self.train.weights == "bfloat16" and not half:

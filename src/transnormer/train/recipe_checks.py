@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from transnormer.data.documents import EMBEDDED
+from transnormer.models.float8 import MULTIPLE
 from transnormer.train.objective_config import ClassificationConfig, InstructionConfig
 
 if TYPE_CHECKING:
@@ -56,6 +57,29 @@ def check_outer(config: "RunConfig") -> None:
             "guard.action is 'rollback' beside [parallel.outer]; expected 'off' or 'skip': its "
             "snapshots do not hold what lies between the copies; change it, or leave the table out"
         )
+
+
+def check_float8(config: "RunConfig") -> None:
+    """Raise ValueError where float8 products would sum over other than multiples of 16 tokens."""
+    train = config.train
+    if train.float8 == "none":
+        return
+    if isinstance(config.objective, ClassificationConfig | InstructionConfig):
+        raise ValueError(
+            f"train.float8 is {train.float8!r}; expected 'none' for objective.kind = "
+            f"{config.objective.kind!r}: its batches are as long as their longest line, and "
+            f"products sum over multiples of {MULTIPLE} tokens"
+        )
+    # A segment lies on one rank, a row without segments on all that read it together.
+    for key, tokens, least in (
+        ("data.seq", config.data.seq, MULTIPLE * config.parallel.sp),
+        ("train.segment_tokens", train.segment_tokens or 0, MULTIPLE),
+    ):
+        if tokens % least:
+            raise ValueError(
+                f"{key} is {tokens} beside train.float8 = {train.float8!r}; expected a multiple of "
+                f"{least}: products sum over multiples of {MULTIPLE} tokens on each rank"
+            )
 
 
 def check_lora(config: "RunConfig") -> None:

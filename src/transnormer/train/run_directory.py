@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "train.keep_last",
     "train.save_async",
     "train.max_minutes",
+    "train.float8",
     "profile.steps",
     "profile.rows",
     "output.dir",

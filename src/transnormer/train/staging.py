@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transnormer.models import checkpoint, tensor_files
 from transnormer.optim import Optimizer
 from transnormer.parallel.host_copies import HostCopies
-from transnormer.train.adapters import read_weights, write_model
+from transnormer.train.adapters import open_weights, read_weights, write_model
 
 T = TypeVar("T")
 OPTIMIZER = "optimizer"
@@ -82,8 +82,7 @@ def read_step(
     """
     states: Mapping[str, Any] = tensor_files.open_tensors(path, OPTIMIZER)
     if not whole:
-        weights: Mapping[str, Any] = tensor_files.open_tensors(path, "model")
-        return weights, states
+        return open_weights(path, base), states
     # Copied into the fresh model: where a tensor lies in memory can change the last bit of a product,
     # and a run from step 0 has its weights in memory of this kind.
     return read_weights(path, base, device=device), {name: states[name][...] for name in states}

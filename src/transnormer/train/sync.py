@@ -1,6 +1,6 @@
 """How several processes train one model: the hooks that the trainer calls, and one process."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from transnormer.models.checkpoint import AnyModel
-from transnormer.optim import Optimizer
+from transnormer.optim import Optimizer, WholeMatrices
 from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.one_model import OneModel
 from transnormer.parallel.outer_config import OuterReport
@@ -53,12 +53,19 @@ class GradSync(Protocol):
     devices: int
     is_first: bool
 
-    def wrap(self, model: ModelT) -> ModelT:
-        """Prepare the model, once, before its optimizer is built."""
+    def wrap(self, model: ModelT, values: Iterable[Mapping[str, Tensor]] | None = None) -> ModelT:
+        """Prepare the model, once, before its optimizer is built.
+
+        Values are those of a model on the meta device, which several processes begin with.
+        """
         ...
 
     def total(self, values: Tensor) -> Tensor:
         """Return values, float64 [n] on any device, summed over all processes."""
+        ...
+
+    def matrices(self) -> WholeMatrices | None:
+        """How these processes work on whole matrices; None where each holds whole ones."""
         ...
 
     def after_backward(self, model: AnyModel) -> None:
@@ -142,13 +149,17 @@ class OneProcess(OneModel):
     devices = 1
     is_first = True
 
-    def wrap(self, model: ModelT) -> ModelT:
-        """Return the model as it is."""
+    def wrap(self, model: ModelT, values: Iterable[Mapping[str, Tensor]] | None = None) -> ModelT:
+        """Return the model as it is: that of one process has its values."""
         return model
 
     def total(self, values: Tensor) -> Tensor:
         """Return the values: there is nobody else."""
         return values
+
+    def matrices(self) -> WholeMatrices | None:
+        """None: they are whole."""
+        return None
 
     def after_backward(self, model: AnyModel) -> None:
         """Leave the gradients."""

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from transnormer.config import Config
+from transnormer.models.float8 import Float8
 from transnormer.models.recompute import Checkpointing
 
 
@@ -26,6 +27,9 @@ class TrainConfig(Config):
         weights: what parameters and their gradients are kept in. `bfloat16` halves both, and wants
             `optimizer.states` and `precision` to be bfloat16 too: updates are then rounded
             stochastically, none is lost.
+        float8: recipe of the blocks' large products in training: each factor rounded to 8 bits by
+            a scale (models/float8.py); `none` leaves them in `precision`. Weights, gradients and
+            states keep their dtypes.
         residual: what the sum that runs through the blocks is kept in. `bfloat16` halves its bytes
             and wants `precision` to be bfloat16, under which all that is added to it is; `float32`
             leaves it in the embedding's dtype.
@@ -56,6 +60,7 @@ class TrainConfig(Config):
     save_async: bool = True
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     weights: Literal["float32", "bfloat16"] = "float32"
+    float8: Float8 = "none"
     residual: Literal["float32", "bfloat16"] = "float32"
     micro_batch: int | None = Field(default=None, ge=1)
     segment_tokens: int | None = Field(default=None, ge=1)

@@ -340,7 +340,8 @@ class Trainer:
         assert self.records is not None
         self.records.sync()
         folder = self.run_dir / checkpoints.CHECKPOINTS
-        own = self.sync.write_own(self.model, self.optimizer, folder)
+        with checkpoints.refused_in_one_line(self.run_dir, done.step):
+            own = self.sync.write_own(self.model, self.optimizer, folder)
         contents = Contents(
             counters=done,
             tokenizer=self.objective.tokenizer,
@@ -376,9 +377,11 @@ class Trainer:
             return True
         found = None
         if stop() is None:
-            compiled = self.config.train.compile
+            evaluate, compiled = self.objective.evaluate, self.config.train.compile
+            # Processes gather their parameters in the precision of the run.
+            own = self.counters.precision if self.sync.devices > 1 else "float32"
             with self.sync.agreed(self.model):
-                found = evaluate_until(stop, self.objective.evaluate, self.model, compiled=compiled)
+                found = evaluate_until(stop, evaluate, self.model, compiled=compiled, precision=own)
         if found is None:
             return False
         seconds = time.perf_counter() - self.clock

@@ -65,7 +65,7 @@ class BpeTokenizer(TableTokenizer):
             self.prefix = b" "
         _strip_behaviour(self._tokenizer, data, byte_level=self._byte_level)
         table = _byte_table(self._tokenizer, byte_level=self._byte_level)
-        canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+        canonical = json.dumps(_without_start(data), sort_keys=True, separators=(",", ":")).encode()
         super().__init__(table, hashlib.sha256(canonical).hexdigest(), name)
         self._names = names or {}
         self.bos_id, self.eos_id, self.pad_id = (self._find(p) for p in ("bos", "eos", "pad"))
@@ -117,6 +117,47 @@ class BpeTokenizer(TableTokenizer):
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); expected JSON") from None
         return cls(content, name=str(path), names=_role_names(path.parent))
+
+
+def add_start(directory: Path, token: str, token_id: int) -> None:
+    """Let other readers of a directory's tokenizer.json begin every text with a token, and no more.
+
+    ``BpeTokenizer`` reads the file as it did before, with the same fingerprint, unless the file put
+    other tokens around texts.
+    """
+    path = Path(directory) / FILE_NAME
+    content = path.read_text(encoding="utf-8")
+    tokenizer = tokenizers.Tokenizer.from_str(content)
+    bare = tokenizer.encode("", add_special_tokens=False).ids
+    found = tokenizer.encode("").ids
+    if found == [token_id, *bare]:
+        return
+    data = json.loads(content)
+    kept = [data["post_processor"]] if data.get("post_processor") and found == bare else []
+    steps = [*kept, _start_template(token, token_id)]
+    data["post_processor"] = {"type": "Sequence", "processors": steps}
+    write_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8"))
+
+
+def _start_template(token: str, token_id: int) -> dict[str, Any]:
+    """The token before a text or a pair of texts, but once: no published file has it so."""
+    first, second = ({"Sequence": {"id": x, "type_id": i}} for i, x in enumerate("AB"))
+    start = {"SpecialToken": {"id": token, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, second],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+
+
+def _without_start(data: dict[str, Any]) -> dict[str, Any]:
+    """The content of a tokenizer.json as it was before ``add_start``."""
+    steps = (data.get("post_processor") or {}).get("processors") or []
+    for token, facts in (steps[-1].get("special_tokens") or {}).items() if steps else ():
+        if steps[-1] == _start_template(token, facts["ids"][0]):
+            return {**data, "post_processor": steps[0] if len(steps) > 1 else None}
+    return data
 
 
 def train_bpe(

@@ -65,7 +65,7 @@ class TokenMixer(nn.Module, ABC):
             positions: int64 [batch, seq].
             cu_seqlens: bounds of packed sequences; batch is then 1.
             mask: bool [batch, seq]; a False token leaves no trace in the state, and its own output
-                means nothing.
+                means nothing. x is finite there too: its weight is 0, and 0 times NaN is NaN.
             state: what an earlier call returned, rows [batch or num_sequences]; None at the start.
                 Never modified.
             shape: extents of a multi-dimensional input, whose product is seq; None is a sequence. A

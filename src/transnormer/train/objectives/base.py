@@ -137,7 +137,19 @@ def decoder_config(config: RunConfig, tokenizer: Tokenizer, *, mask: bool = Fals
 
 
 def load_initial(decoder: Decoder, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Copy the weights of model.init_from, where it is given; they must fit one by one.
+    """Copy the ``initial_weights``; a decoder on the meta device takes them when it has memory."""
+    if decoder.embedding.weight.is_meta:
+        return
+    if (stored := initial_weights(decoder, config, tokenizer)) is not None:
+        decoder.load_state_dict(stored)
+
+
+def initial_weights(
+    decoder: Decoder, config: RunConfig, tokenizer: Tokenizer
+) -> dict[str, Tensor] | None:
+    """The weights of model.init_from, where it is given; they must fit the decoder one by one.
+
+    Those of safetensors files are read when they are used, and take no memory of the host.
 
     An untied head over the vocabulary stays behind where the decoder has a tied one.
 
@@ -147,7 +159,7 @@ def load_initial(decoder: Decoder, config: RunConfig, tokenizer: Tokenizer) -> N
     """
     source = config.model.init_from
     if source is None:
-        return
+        return None
     trained_with = checkpoint.tokenizer_fingerprint(checkpoint.find_model(source))
     if trained_with is not None and trained_with != tokenizer.fingerprint:
         raise ValueError(
@@ -166,4 +178,4 @@ def load_initial(decoder: Decoder, config: RunConfig, tokenizer: Tokenizer) -> N
                 f"model.init_from is {source}, where {name} has shape {have}; expected {want}, as "
                 "the run's model has; take another checkpoint"
             )
-    decoder.load_state_dict(stored)
+    return stored

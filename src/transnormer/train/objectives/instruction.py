@@ -23,9 +23,6 @@ from transnormer.train.objectives.base import (
     to_device,
 )
 
-# Logits of so many answer tokens exist at once in an evaluation.
-_AT_ONCE = 1024
-
 
 class InstructionReport(NamedTuple):
     """One evaluation on the held-out conversations after `step` updates.
@@ -135,14 +132,9 @@ class InstructionObjective(Objective[Decoder, PackedBatch]):
 
     def _score(self, model: Decoder, batch: PackedBatch) -> dict[str, float]:
         """Sums over the answers of a batch."""
-        x, _ = model.hidden(batch.input_ids, cu_seqlens=batch.cu_seqlens, keep_state=False)
+        scores = model.label_scores(batch.input_ids, batch.labels, cu_seqlens=batch.cu_seqlens)
         at = (batch.labels[0] != IGNORED).nonzero()[:, 0]
-        labels, right, nats = batch.labels[0, at], [], 0.0
-        for part, wanted in zip(x[0, at].split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
-            logits = model.logits(part).float()
-            nats += F.cross_entropy(logits, wanted, reduction="sum").item()
-            right.append(logits.argmax(1) == wanted)
-        found = torch.cat(right)
+        labels, found = batch.labels[0, at], scores.right
         which = answer_numbers(at, batch.cu_seqlens)
         wrong = torch.zeros(int(which[-1]) + 1, device=at.device).index_add_(
             0, which, (~found).float()
@@ -150,7 +142,7 @@ class InstructionObjective(Objective[Decoder, PackedBatch]):
         assert self.tokenizer.eos_id is not None
         ends = labels == self.tokenizer.eos_id
         return {
-            "nats": nats,
+            "nats": scores.nats.double().sum().item(),
             "right": int(found.sum()),
             "exact": int((wrong == 0).sum()),
             "ended": int((found & ends).sum()),
