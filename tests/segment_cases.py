@@ -53,7 +53,11 @@ def in_segments(
     """The same of the segments of all ranks, with parameters that each of them holds."""
     model = copy.deepcopy(model)
     set_checkpointing(model, checkpointing)
-    model = apply_segments(model, Chain(group, dist.get_rank(group), dist.get_world_size(group)))
+    chain = Chain(group, dist.get_rank(group), dist.get_world_size(group))
+    hosts = None
+    if next(model.parameters()).is_cuda:
+        hosts = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    model = apply_segments(model, chain, hosts)
     loss = model.backward_in_segments(
         **batch, segment_tokens=tokens, divisor=DIVISOR, context=context
     )

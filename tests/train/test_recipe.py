@@ -141,8 +141,6 @@ def test_more_ranks_than_processes_are_refused(make_config: MakeConfig, axis: st
             "train.checkpointing is 'full'",
         ),
         (["train.cuda_graph=true", "model.dropout=0"], "train.cuda_graph is True"),
-        (["optimizer.name=muon"], "optimizer.name is 'muon'"),
-        (["objective.kind=masked", "model.causal=false"], "objective.kind is 'masked'"),
     ],
 )
 def test_what_one_process_alone_can_do_is_refused(

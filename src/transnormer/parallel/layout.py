@@ -130,7 +130,7 @@ class Layout(OneModel):
         if isinstance(model, Decoder) and model.config.causal and self._axes.tp == 1:
             parts = self._meshes.tokens["sp"]
             chain = Chain(parts.get_group(), parts.get_local_rank(), parts.size())
-            apply_segments(model, chain, self._second_group() if chain.size > 1 else None)
+            apply_segments(model, chain, self._between_hosts() if chain.size > 1 else None)
         mesh = self._fsdp_mesh()
         if mesh is not None:
             apply_fsdp(model, mesh, gather_dtype=self._gather_dtype)
@@ -146,10 +146,10 @@ class Layout(OneModel):
         for some in values:
             fill_all({name: shares[name] for name in some}, some)
 
-    def _second_group(self) -> dist.ProcessGroup:
-        """One more group of the ranks that share sequences."""
+    def _between_hosts(self) -> dist.ProcessGroup:
+        """A group between the hosts of the ranks that share sequences."""
         ranks = self._meshes.tokens.mesh.transpose(1, 2).flatten(0, 1).tolist()
-        group, _ = dist.new_subgroups_by_enumeration(ranks)
+        group, _ = dist.new_subgroups_by_enumeration(ranks, backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         return group
 

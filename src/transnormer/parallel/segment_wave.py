@@ -54,14 +54,16 @@ class _Turn(NamedTuple):
 class SegmentWave:
     """What the blocks of one rank hand to the rank of the next segment, and get from that before.
 
-    On one rank the messages stay in its memory.
+    On one rank the messages stay in its memory. Those of GPUs pass through their hosts: a message of
+    NCCL is a kernel that waits on the device for the other rank's, the ranks are at different layers,
+    and a kernel that is launched for the first time may wait until the device is idle.
 
     Attributes:
         turn: the segment under way; None is a call that has nothing to do with segments.
     """
 
-    def __init__(self, chain: Chain, around: dist.ProcessGroup | None) -> None:
-        self.chain, self._around = chain, around
+    def __init__(self, chain: Chain, messages: dist.ProcessGroup | None) -> None:
+        self.chain, self._messages = chain, messages
         self.turn: _Turn | None = None
         self.depth = 1
         self._here: deque[Tensor] = deque()
@@ -113,18 +115,18 @@ class SegmentWave:
     def send(self, tensors: Sequence[Tensor], step: int) -> None:
         """Send tensors to the rank of the next segment (step 1) or of the one before (-1).
 
-        They must not change any more. Nothing waits: a rank is many layers ahead before its message
-        is wanted.
+        They must not change any more. Nothing waits for the other rank: this one is many layers ahead
+        before its message is wanted.
         """
         chain = self.chain
         for x in tensors:
             if chain.size == 1:
                 self._here.append(x)
                 continue
-            message = plain(x.contiguous())
+            message = plain(_on_host(x.contiguous()))
             peer = (chain.rank + step) % chain.size
-            group = self._group(max(chain.rank, chain.rank + step))
-            self._under_way.append((dist.isend(message, group=group, group_dst=peer), message))
+            work = dist.isend(message, group=self._messages, group_dst=peer)
+            self._under_way.append((work, message))
         # Those of the segment before the last one have long been taken.
         while len(self._under_way) > 2 * self.depth * len(tensors):
             self._wait()
@@ -136,11 +138,10 @@ class SegmentWave:
             if chain.size == 1:
                 arrived.append(self._here.popleft())
                 continue
-            found = torch.empty_like(x, memory_format=torch.contiguous_format)
+            found = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
             peer = (chain.rank + step) % chain.size
-            group = self._group(max(chain.rank, chain.rank + step))
-            dist.recv(plain(found), group=group, group_src=peer)
-            arrived.append(found)
+            dist.recv(plain(found), group=self._messages, group_src=peer)
+            arrived.append(found.to(x.device, non_blocking=True))
         return arrived
 
     def finish(self) -> None:
@@ -155,9 +156,15 @@ class SegmentWave:
         assert work is not None
         work.wait()
 
-    def _group(self, behind: int) -> dist.ProcessGroup | None:
-        """The group for messages between a rank and the one that is ``behind`` it."""
-        return self._around if behind in (0, self.chain.size) else self.chain.group
+
+def _on_host(x: Tensor) -> Tensor:
+    """x where its host can send it, once it is there."""
+    if not x.is_cuda:
+        return x
+    found = torch.empty_like(x, device="cpu", pin_memory=True)
+    found.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return found
 
 
 def _wanting(x: Tensor) -> Tensor:
@@ -351,20 +358,19 @@ class _Start(NamedTuple):
 
 
 def apply_segments(
-    model: Decoder, chain: Chain, around: dist.ProcessGroup | None = None
+    model: Decoder, chain: Chain, messages: dist.ProcessGroup | None = None
 ) -> SegmentedDecoder:
     """Let a model be trained in segments by the ranks of a chain; changes the model.
 
     Args:
         model: the same on every rank; parameters are not shared yet (``apply_fsdp`` comes behind).
         chain: the ranks, in the order of the segments; one rank alone is a chain too.
-        around: a group of the same ranks for messages between the last one and the first. NCCL
-            keeps the messages of two ranks in one order, and with two ranks some would wait for
-            others that come behind them. None is the chain's own, which is enough for gloo.
+        messages: a group of the same ranks between their hosts (gloo), which GPUs need; None is the
+            chain's own.
     """
     # Blocks give their states, and some ops give those as views. Nothing changes a state in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    wave = SegmentWave(chain, chain.group if around is None else around)
+    wave = SegmentWave(chain, chain.group if messages is None else messages)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     wave.depth = len(blocks)
     for layer, block in enumerate(blocks):
