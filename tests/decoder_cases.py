@@ -10,6 +10,8 @@ from transnormer.models import zoo
 from transnormer.models.decoder import BlockConfig, Decoder, DecoderConfig
 from transnormer.nn.channel_mixers import GluConfig
 from transnormer.nn.token_mixers import LightningConfig
+from transnormer.train.adapters import add_adapters, open_adapters
+from transnormer.train.lora_config import LoraConfig
 
 VOCAB, DIM, LAYERS, HEADS, HIDDEN = 61, 32, 3, 2, 48
 
@@ -46,6 +48,14 @@ def make_model(config: DecoderConfig | None = None, dtype: torch.dtype = torch.f
     """A model in eval mode with weights drawn from seed 1."""
     torch.manual_seed(1)
     return Decoder(config or tnl_config()).to(dtype).eval()
+
+
+def adapted() -> Decoder:
+    """A model without dropout whose adapters have some, in training, float64."""
+    model = make_model()
+    add_adapters(model, LoraConfig(rank=2, dropout=0.5), "")
+    open_adapters(model)
+    return model.double().train()
 
 
 def make_ids(batch: int, seq: int, seed: int = 2) -> Tensor:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from decoder_cases import VOCAB, make_ids, make_model
 from engine_cases import GREEDY, assert_all_alone, engine_of, prompts_of
+from kernel_cases import no_synchronisation
 from nn.mixer_cases import CASES, MixerCase
 from tolerances import BF16_MODEL, QUANTIZED_LOGITS, SPLIT_GPU, relative_error
 
 from transnormer.infer import fused
 from transnormer.infer.pool import FixedPool, make_pool
 from transnormer.infer.quantize import quantize
+from transnormer.infer.sampling import SamplingConfig, TokenHistory, draw
 from transnormer.models import checkpoint, zoo
 from transnormer.models.decoder import Decoder
 
@@ -36,6 +38,27 @@ def test_greedy_tokens_under_load_are_those_alone(mode: dict[str, object]) -> No
     requests = [engine.submit(p, max_new_tokens=40, sampling=GREEDY) for p in prompts_of()]
     engine.run()
     assert_all_alone(make_model(), prompts_of(), requests)
+
+
+def test_a_draw_does_not_wait_for_the_device() -> None:
+    configs = [
+        GREEDY,
+        SamplingConfig(temperature=0.7),
+        SamplingConfig(top_k=5, logit_bias=((4, 2.0),), repetition_penalty=1.3),
+        SamplingConfig(top_p=0.9, min_p=0.01, presence_penalty=0.4),
+    ]
+    history = TokenHistory([1, 2])
+    history.add(3)
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        rows = [history.adjust(row, own) for row, own in zip(logits, configs, strict=True)]
+        return draw(torch.stack(rows), configs, torch.tensor([0.1, 0.4, 0.6, 0.9]).double())
+
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    there = logits.cuda()
+    with no_synchronisation():
+        tokens = drawn(there)
+    assert tokens.tolist() == drawn(logits).tolist()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_cases import make_ids, make_model, tnl_config
+from decoder_cases import adapted, make_ids, make_model, tnl_config
 from nn.mixer_cases import CASES, MixerCase
 from tolerances import COMPILED_LOSS, SEGMENTS
 from torch import Tensor
@@ -46,6 +46,16 @@ def test_gradients_are_bit_equal(case: MixerCase, mode: str) -> None:
 @every_mode
 def test_dropout_repeats_its_masks(mode: str) -> None:
     model = make_model(tnl_config(dropout=0.3)).train()
+    torch.manual_seed(3)
+    exact = gradients(model)
+    set_checkpointing(model, mode)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, gradients(model), exact))
+
+
+@every_mode
+def test_dropout_of_adapters_repeats_its_masks(mode: str) -> None:
+    model = adapted()
     torch.manual_seed(3)
     exact = gradients(model)
     set_checkpointing(model, mode)

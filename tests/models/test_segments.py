@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from decoder_cases import VOCAB, make_ids, make_model, tnl_config
+from decoder_cases import VOCAB, adapted, make_ids, make_model, tnl_config
 from nn.mixer_cases import CASES, MixerCase
 from nn.mixer_cases import VOCAB as CASE_VOCAB
 from tolerances import SEGMENTS
@@ -99,8 +99,10 @@ def test_a_segment_without_labels_still_carries_the_gradient() -> None:
     assert_same(in_segments(model, ids, labels, 16), whole(model, ids, labels))
 
 
-def test_dropout_repeats_its_masks() -> None:
-    model = make_model(tnl_config(dropout=0.3), torch.float64).train()
+@pytest.mark.parametrize("where", ["model", "adapters"])
+def test_dropout_repeats_its_masks(where: str) -> None:
+    model = adapted() if where == "adapters" else make_model(tnl_config(dropout=0.3), torch.float64)
+    model.train()
     ids, labels = example()
     torch.manual_seed(5)
     state, total = model.empty_state(2), torch.zeros(())

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_cases import adapted
 from nn.mixer_cases import CASES, MixerCase, ids_of
 from parallel_cases import run_in_layout
 from ranks import Ranks
-from segment_cases import half, in_segments, laid_out, warned, whole
+from segment_cases import DIVISOR, half, in_segments, laid_out, warned, whole
 from tolerances import RELAID_LOSS, SEGMENTS, SEGMENTS_BFLOAT16, assert_close
 from train_cases import tiny_run
 
 from transnormer.models.decoder import Decoder
+from transnormer.models.segments import backward_in_segments
 from transnormer.parallel.mesh import Axes
 from transnormer.train import run_training
 
@@ -68,6 +70,15 @@ def test_any_number_of_ranks_and_segments(
 def test_blocks_that_are_computed_again_pass_their_states_once(ranks: Ranks) -> None:
     model, batch = lightning(), batch_of(packed=True)
     compare(ranks.run(2, in_segments, model, batch, 8, "full"), whole(model, batch))
+
+
+def test_dropout_of_adapters_draws_as_on_one_process(ranks: Ranks) -> None:
+    model, batch = adapted(), batch_of(packed=False)
+    # As ranks begin.
+    torch.manual_seed(0)
+    loss = backward_in_segments(model, **batch, segment_tokens=8, divisor=DIVISOR)
+    exact = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+    compare(ranks.run(1, in_segments, adapted(), batch, 8), exact | {"loss": loss})
 
 
 @pytest.mark.parametrize("name", ["diag_attention-transnormer", "gau"])

@@ -90,8 +90,8 @@ def export(model: Decoder, path: str | Path, *, tokenizer: Any = None) -> None:
         model: any decoder, in its dtype.
         path: the directory; a saved model there is replaced.
         tokenizer: written beside it; any of ``transnormer.data.tokenizers``. In transformers a text
-            begins with the token that it begins with here (``begin_id``), unless
-            add_special_tokens=False says otherwise.
+            begins with the token that it begins with here (``begin_id``), where that is a special
+            token of the tokenizer, unless add_special_tokens=False says otherwise.
 
     Raises:
         ValueError: path holds something that is not a saved model.

@@ -144,19 +144,19 @@ class TokenHistory:
         logits, device = logits.clone(), logits.device
         seen = sorted(self._prompt | self._output.keys())
         if config.repetition_penalty != 1.0 and seen:
-            index = torch.tensor(seen, device=device)
+            index = placed(seen, torch.int64, device)
             old = logits[index]
             penalty = config.repetition_penalty
             logits[index] = torch.where(old > 0, old / penalty, old * penalty)
         if self._output and (config.presence_penalty or config.frequency_penalty):
             counts = sorted(self._output.items())
-            index = torch.tensor([token for token, _ in counts], device=device)
-            times = torch.tensor([count for _, count in counts], device=device)
+            index = placed([token for token, _ in counts], torch.int64, device)
+            times = placed([count for _, count in counts], torch.int64, device)
             taken = config.presence_penalty + config.frequency_penalty * times
             logits[index] -= taken.to(logits.dtype)
         if config.logit_bias:
-            index = torch.tensor([token for token, _ in config.logit_bias], device=device)
-            bias = torch.tensor([bias for _, bias in config.logit_bias], device=device)
+            index = placed([token for token, _ in config.logit_bias], torch.int64, device)
+            bias = placed([bias for _, bias in config.logit_bias], torch.float32, device)
             logits.index_add_(0, index, bias.to(logits.dtype))
         return logits
 
@@ -204,6 +204,14 @@ def token_logprobs(
 def raised(logits: Tensor) -> Tensor:
     """Logits in the dtype that sampling compares them in: float32, float64 for float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def placed(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, which is not waited for."""
+    made = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda" and not made.is_cuda:
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)
 
 
 def unusable_rows(logits: Tensor) -> Tensor:
@@ -258,11 +266,11 @@ def draw(logits: Tensor, configs: Sequence[SamplingConfig], uniforms: Tensor | N
     for count, rows in groups.items():
         assert uniforms is not None
         whole = len(rows) == batch
-        index = torch.tensor(rows, device=logits.device)
+        index = placed(rows, torch.int64, logits.device)
         part = logits if whole else logits[index]
-        # On the device of the uniforms, which need not be that of the logits.
-        numbers = uniforms if whole else uniforms[index.to(uniforms.device)]
-        drawn = _invert(part, [configs[row] for row in rows], numbers.to(logits.device), count)
+        # Where the uniforms are, which need not be the device of the logits.
+        numbers = placed(uniforms if whole else uniforms[rows], uniforms.dtype, logits.device)
+        drawn = _invert(part, [configs[row] for row in rows], numbers, count)
         tokens = drawn if whole else tokens.index_copy(0, index, drawn)
     return tokens
 
@@ -284,7 +292,7 @@ def _invert(
     """Draw a token of each row with a positive temperature; ``count`` of ``_candidates``."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        return placed(values, torch.float64, logits.device)[:, None]
 
     # The largest is taken off first, so that no temperature, however small, overflows; in float64,
     # where no temperature that is not zero becomes zero.

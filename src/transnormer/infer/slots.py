@@ -13,7 +13,7 @@ from transnormer.infer.pool import GrowingPool, StatePool
 from transnormer.infer.prefix_cache import PrefixCache
 from transnormer.infer.prompts import positions_of
 from transnormer.infer.request import Request
-from transnormer.infer.sampling import draw, raised, token_logprobs, unusable_rows
+from transnormer.infer.sampling import draw, placed, raised, token_logprobs, unusable_rows
 
 
 class Ready(NamedTuple):
@@ -299,7 +299,8 @@ class Slots:
             if request.keep_state or request.drawn + 1 < request.max_new_tokens
         ]
         if len(rows) < len(slots):
-            ids, slots = ids[rows], [slots[row] for row in rows]
+            ids = ids[placed(rows, torch.int64, ids.device)]
+            slots = [slots[row] for row in rows]
         logits = self.pool.decode(ids[:, None], slots, self._bucket(len(slots)))
         best = self.pool.likeliest
         ready = Ready(slots, logits[:, 0], None if best is None else best[..., 0])
@@ -309,9 +310,10 @@ class Slots:
         """The part of a step that ran ahead which belongs to some of its slots."""
         if slots == ahead.ready.slots:
             return ahead.ready
-        rows = [ahead.ready.slots.index(slot) for slot in slots]
-        best = ahead.ready.likeliest
-        return Ready(slots, ahead.ready.logits[rows], None if best is None else best[:, rows])
+        logits, best = ahead.ready.logits, ahead.ready.likeliest
+        found = [ahead.ready.slots.index(slot) for slot in slots]
+        rows = placed(found, torch.int64, logits.device)
+        return Ready(slots, logits[rows], None if best is None else best[:, rows])
 
     def _request(self, slot: int) -> Request:
         request = self.requests[slot]

@@ -1,7 +1,7 @@
 """The state of torch's random number generators, to be kept and put back."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def random_state() -> dict[str, Tensor]:
@@ -17,3 +17,12 @@ def set_random_state(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def drops_in_training(model: nn.Module) -> bool:
+    """Whether a part of a model has dropout, a number of its own or torch's layer, as adapters have."""
+    shares = (
+        part.p if isinstance(part, nn.Dropout) else getattr(part, "dropout", 0.0)
+        for part in model.modules()
+    )
+    return any(isinstance(share, float) and share > 0 for share in shares)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import (
 )
 
 from transnormer.models.decoder import Block
+from transnormer.models.random_state import drops_in_training
 from transnormer.nn.state import LayerState
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -47,6 +48,7 @@ class _RecomputedBlock(Block):
     """A block of which autograd keeps the inputs, and what ``options`` of checkpoint say."""
 
     options: ClassVar[dict[str, Any]] = {}
+    drops: bool
 
     def forward(self, x: Tensor, **inputs: Any) -> tuple[Tensor, LayerState | None]:
         """As ``Block.forward``."""
@@ -57,7 +59,7 @@ class _RecomputedBlock(Block):
             x,
             use_reentrant=False,
             # Only dropout draws random numbers; keeping their state costs time.
-            preserve_rng_state=self.dropout > 0,
+            preserve_rng_state=self.drops,
             **self.options,
             **inputs,
         )
@@ -92,7 +94,8 @@ def set_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
     arXiv:1604.06174; Korthikanti et al. 2022, arXiv:2205.05198, section 5, for "selective").
 
     Args:
-        model: changed in place; names of parameters stay as they are.
+        model: changed in place, with its adapters if it gets any; names of parameters stay as they
+            are.
         mode: replaces what was set before.
 
     Raises:
@@ -104,3 +107,5 @@ def set_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
         if isinstance(module, Block):
             # A class, not a wrapper: names, copies and compiled calls stay as they are.
             module.__class__ = _CLASSES[mode]
+            if isinstance(module, _RecomputedBlock):
+                module.drops = drops_in_training(module)

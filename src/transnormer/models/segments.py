@@ -17,7 +17,11 @@ from torch import Tensor
 from transnormer.models import inputs
 from transnormer.models.cost import bytes_per_token
 from transnormer.models.decoder import Decoder
-from transnormer.models.random_state import random_state, set_random_state
+from transnormer.models.random_state import (
+    drops_in_training,
+    random_state,
+    set_random_state,
+)
 from transnormer.models.state import DecoderState
 from transnormer.nn.state import LayerState, map_tensors, tensors_of
 from transnormer.ops.checks import check_cu_seqlens, check_tensor
@@ -167,7 +171,7 @@ def _forward(
     model: Decoder, input_ids: Tensor, segments: list[Segment], context: Context
 ) -> list[_Start]:
     """What every segment starts from; the last segment is not computed."""
-    draws = model.training and model.config.dropout > 0
+    draws = model.training and drops_in_training(model)
     starts, carried = [], None
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         starts.append(_Start(carried, random_state() if draws else None))

@@ -24,7 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from transnormer.models.decoder import Block, Decoder
-from transnormer.models.random_state import random_state, set_random_state
+from transnormer.models.random_state import (
+    drops_in_training,
+    random_state,
+    set_random_state,
+)
 from transnormer.models.segments import Context, Segment, plan_segments, read_segment
 from transnormer.models.state import DecoderState
 from transnormer.nn.state import LayerState, map_tensors, tensors_of
@@ -319,7 +323,7 @@ class SegmentedDecoder(Decoder):
 
         The very last segment is not computed, only what enters it is received; None then.
         """
-        draws = self.training and self.config.dropout > 0
+        draws = self.training and drops_in_training(self)
         wave, starts, after = self.wave, [], None
         for index in range(wave.chain.rank, len(segments), wave.chain.size):
             segment = segments[index]

@@ -42,7 +42,8 @@ def sweep_tiles(
     The state of a program, value_block x key_block in float32, lies in its registers; the tiles of
     the ``stages`` chunks under way lie in shared memory. Chunks of 32 leave room for two programs
     a processor, which hide each other's waits; chunks of 64 take fewer steps where there is but
-    one. A backward pass has three sweeps a row. float32 products are three tf32 products each, whose operands need registers.
+    one. A backward pass has three sweeps a row. float32 products are three tf32 products each, whose
+    operands need registers.
 
     The backward pass of scalar gates (gated) loads one more tile of keys and one of a state a
     chunk, and writes a state a chunk, so that long chunks mean less to write.
