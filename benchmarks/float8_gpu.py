@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -180,6 +180,7 @@ def main() -> None:
         "sizes": TOY if dry else SIZES,
         "tokens_per_step": TOY_TOKENS if dry else TOKENS,
         "seq": TOY_SEQ if dry else SEQ,
+        "rows": {},
     }
     if dry:
         result["dry_run"] = "numbers mean nothing"
@@ -190,10 +191,16 @@ def main() -> None:
             text = Path(folder) / "text.txt"
             text.write_text(4 * Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
             tokenize_corpus(str(text), "bytes", data)
-        # Compiling is the host's work: the runs do it side by side.
+        # Compiling is the host's work: the runs do it side by side. Each is written when it has ended.
         with ThreadPoolExecutor(1 if dry else len(options.arms)) as pool:
-            rows = pool.map(lambda arm: child(arm, data, options), options.arms)
-            result["rows"] = dict(zip(options.arms, rows))
+            running = {pool.submit(child, arm, data, options): arm for arm in options.arms}
+            for done in as_completed(running):
+                result["rows"][running[done]] = done.result()
+                print(
+                    f"{running[done]}: {result['rows'][running[done]].get('last_loss')}", flush=True
+                )
+                harness.publish(result, options.output, ("benchmark",))
+    result["rows"] = {arm: result["rows"][arm] for arm in options.arms}
     result["less_bfloat16"] = compare(result["rows"])
     result["failures"] = [name for name, row in result["rows"].items() if "error" in row]
     show(result["rows"], rounded(result["less_bfloat16"]))
