@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from tolerances import LAYOUT_FLOAT64, assert_close
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from train_cases import Notes, constant_evaluation
@@ -293,6 +294,16 @@ def matrices_worked_on(group: dist.ProcessGroup, config: DecoderConfig, axes: Ax
 def local_parts(model: torch.nn.Module) -> list[Tensor]:
     """What of the parameters this rank holds."""
     return [p.to_local() if isinstance(p, DTensor) else p.data for p in model.parameters()]
+
+
+def assert_same_training(found: dict[str, Any], exact: dict[str, Any]) -> None:
+    """Fail unless two answers of ``train`` agree: loss, norm, weights and optimizer states."""
+    for name in ("loss", "norm"):
+        assert_close(found[name], exact[name], limit=LAYOUT_FLOAT64, name=name)
+    for group in ("model", "optimizer"):
+        assert list(found[group]) == list(exact[group])
+        for name, expected in exact[group].items():
+            assert_close(found[group][name], expected, limit=LAYOUT_FLOAT64, name=f"{group} {name}")
 
 
 def train_batch(step: int, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_cases import logits_on_ranks, scored_on_ranks, train
+from parallel_cases import assert_same_training, logits_on_ranks, scored_on_ranks, train
 from ranks import Ranks
 from tolerances import LAYOUT_FLOAT64, assert_close
 
@@ -28,14 +28,6 @@ def alone(steps: int) -> dict[str, Any]:
     return train(None, CONFIG, Axes(), None, range(steps), ADAMW)
 
 
-def compare(found: dict[str, Any], exact: dict[str, Any]) -> None:
-    for name in ("loss", "norm"):
-        assert_close(found[name], exact[name], limit=LAYOUT_FLOAT64, name=name)
-    for group in ("model", "optimizer"):
-        for name, expected in exact[group].items():
-            assert_close(found[group][name], expected, limit=LAYOUT_FLOAT64, name=f"{group} {name}")
-
-
 @pytest.mark.parametrize("parts", [1, 2], ids=["whole", "micro_batches"])
 @pytest.mark.parametrize(
     "axes",
@@ -55,7 +47,7 @@ def compare(found: dict[str, Any], exact: dict[str, Any]) -> None:
 )
 def test_every_layout_trains_as_one_process(ranks: Ranks, axes: Axes, parts: int) -> None:
     found = ranks.run(4, train, CONFIG, axes, None, range(3), ADAMW, parts)
-    compare(found[0], alone(3))
+    assert_same_training(found[0], alone(3))
     held = axes.ranks // axes.dp_replicate
     whole = found[0]["model"]
     total = sum(result["local"] for result in found[:held])
@@ -84,7 +76,7 @@ def test_untied_biased_and_softmax_layers_share_their_heads(ranks: Ranks) -> Non
     config = DecoderConfig(vocab_size=23, model_dim=16, tie_embeddings=False, blocks=blocks)
     exact = train(None, config, Axes(), None, range(2), ADAMW)
     for axes in (Axes(tp=4), Axes(sp=2, tp=2)):
-        compare(ranks.run(4, train, config, axes, None, range(2), ADAMW)[0], exact)
+        assert_same_training(ranks.run(4, train, config, axes, None, range(2), ADAMW)[0], exact)
 
 
 def test_logits_on_ranks_are_those_of_one_process(ranks: Ranks) -> None:

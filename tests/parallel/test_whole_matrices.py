@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from parallel_cases import matrices_worked_on, name_of, train
+from parallel_cases import assert_same_training, matrices_worked_on, name_of, train
 from ranks import Ranks
 from tolerances import LAYOUT_FLOAT64, assert_close
 
@@ -24,15 +24,6 @@ def alone(steps: int) -> dict[str, Any]:
     return train(None, CONFIG, Axes(), None, range(steps), MUON)
 
 
-def compare(found: dict[str, Any], exact: dict[str, Any]) -> None:
-    for name in ("loss", "norm"):
-        assert_close(found[name], exact[name], limit=LAYOUT_FLOAT64, name=name)
-    for group in ("model", "optimizer"):
-        assert list(found[group]) == list(exact[group])
-        for name, expected in exact[group].items():
-            assert_close(found[group][name], expected, limit=LAYOUT_FLOAT64, name=f"{group} {name}")
-
-
 @pytest.mark.parametrize(
     "axes",
     [
@@ -47,12 +38,14 @@ def compare(found: dict[str, Any], exact: dict[str, Any]) -> None:
     ids=name_of,
 )
 def test_every_layout_makes_the_updates_of_one_process(ranks: Ranks, axes: Axes) -> None:
-    compare(ranks.run(4, train, CONFIG, axes, None, range(3), MUON)[0], alone(3))
+    assert_same_training(ranks.run(4, train, CONFIG, axes, None, range(3), MUON)[0], alone(3))
 
 
 def test_ranks_may_hold_nothing_of_a_matrix(ranks: Ranks) -> None:
     exact = train(None, UNEVEN, Axes(), None, range(2), MUON)
-    compare(ranks.run(4, train, UNEVEN, Axes(dp_shard=4), None, range(2), MUON)[0], exact)
+    assert_same_training(
+        ranks.run(4, train, UNEVEN, Axes(dp_shard=4), None, range(2), MUON)[0], exact
+    )
 
 
 def test_momentum_moves_to_another_layout(ranks: Ranks) -> None:

@@ -4,11 +4,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from chat_cases import pieces
+from objective_cases import COLOURS, conversations
 from tolerances import OUTPUT, relative_error
 from train_cases import Crash, CrashAt, assert_same_checkpoint
 
@@ -31,19 +31,8 @@ from transnormer.train.objectives import InstructionReport, Setting
 from transnormer.train.objectives.instruction import InstructionObjective, answer_numbers
 
 MakeConfig = Callable[..., RunConfig]
-COLOURS = {"grass": "green", "sky": "blue", "snow": "white", "coal": "black", "blood": "red"}
 LORA = ("lora.rank=4", "lora.dropout=0.1")
 REPORT = ["step", "loss", "accuracy", "exact", "ends", "answers", "tokens", "seconds"]
-
-
-def questions() -> list[dict[str, Any]]:
-    """A conversation of two turns for each thing, and plain lines."""
-    rows: list[dict[str, Any]] = []
-    for thing, colour in COLOURS.items():
-        turns = [("user", thing), ("assistant", colour), ("user", "sure?"), ("assistant", "yes")]
-        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-        rows.append({"instruction": f"{thing}!", "output": colour})
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(tmp_path: Path, base: Path) -> MakeConfig:
     """Build a tiny fine-tuning in tmp_path/run; arguments are overrides."""
     lines = tmp_path / "lines.jsonl"
-    lines.write_text("".join(json.dumps(row) + "\n" for row in questions()))
+    lines.write_text("".join(json.dumps(row) + "\n" for row in conversations()))
     data = {
         "model": {"init_from": str(base), "dropout": 0.1},
         "objective": {"kind": "instruction"},
@@ -204,7 +193,7 @@ def test_segments_give_the_same_updates(make_config: MakeConfig, tmp_path: Path)
 
 def test_a_share_is_held_out_by_group(make_config: MakeConfig, tmp_path: Path) -> None:
     lines = Path(make_config().data.paths[0])
-    rows = [{**row, "group": number // 2} for number, row in enumerate(questions())]
+    rows = [{**row, "group": number // 2} for number, row in enumerate(conversations())]
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     objective = objective_of(make_config("data.heldout=0.4"), tmp_path / "data")
     assert objective.heldout is not None

@@ -30,18 +30,6 @@ class Ready(NamedTuple):
     likeliest: Tensor | None = None
 
 
-class Ahead(NamedTuple):
-    """A step that runs before the host has seen its tokens.
-
-    Attributes:
-        requests: those it advances, by slot.
-        ready: its logits, in the same order; valid until the pool's next step.
-    """
-
-    requests: dict[int, Request]
-    ready: Ready
-
-
 class Slots:
     """What the running requests have come to, and how a step takes them further.
 
@@ -76,7 +64,8 @@ class Slots:
             )
         able = pool.runs_ahead and pool.device.type == "cuda" and not config.draft_tokens
         self._runs_ahead = able if config.run_ahead is None else config.run_ahead
-        self._ahead: Ahead | None = None
+        # Of a step that runs before the host has seen its tokens; valid until the pool's next one.
+        self._ahead: Ready | None = None
 
     @property
     def share(self) -> int:
@@ -303,17 +292,16 @@ class Slots:
             slots = [slots[row] for row in rows]
         logits = self.pool.decode(ids[:, None], slots, self._bucket(len(slots)))
         best = self.pool.likeliest
-        ready = Ready(slots, logits[:, 0], None if best is None else best[..., 0])
-        self._ahead = Ahead({slot: self._request(slot) for slot in slots}, ready)
+        self._ahead = Ready(slots, logits[:, 0], None if best is None else best[..., 0])
 
-    def _of_those(self, slots: list[int], ahead: Ahead) -> Ready:
+    def _of_those(self, slots: list[int], ahead: Ready) -> Ready:
         """The part of a step that ran ahead which belongs to some of its slots."""
-        if slots == ahead.ready.slots:
-            return ahead.ready
-        logits, best = ahead.ready.logits, ahead.ready.likeliest
-        found = [ahead.ready.slots.index(slot) for slot in slots]
-        rows = placed(found, torch.int64, logits.device)
-        return Ready(slots, logits[rows], None if best is None else best[:, rows])
+        if slots == ahead.slots:
+            return ahead
+        found = [ahead.slots.index(slot) for slot in slots]
+        rows = placed(found, torch.int64, ahead.logits.device)
+        best = ahead.likeliest
+        return Ready(slots, ahead.logits[rows], None if best is None else best[:, rows])
 
     def _request(self, slot: int) -> Request:
         request = self.requests[slot]
@@ -325,7 +313,7 @@ class Slots:
         read = request.read_tokens == request.prompt_tokens and request.error is None
         if request.keep_state and read:
             # A step that ran ahead has read it.
-            known = self._ahead is not None and self._ahead.requests.get(slot) is request
+            known = self._ahead is not None and slot in self._ahead.slots
             if request.drawn and not known:
                 last = torch.tensor([[request.last_token]])
                 self.pool.decode(last, [slot], self._bucket(1))
