@@ -6,8 +6,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,17 +24,20 @@ from transnormer.parallel import current_world
 from transnormer.parallel.mesh import Axes, start_processes
 from transnormer.parallel.plan import Machine, layouts
 from transnormer.train import RunConfig, run_training
+from transnormer.train.checkpoints import COMPLETE, step_path
 from transnormer.train.metrics import Quiet, StepReport
+from transnormer.train.processes import join_processes
+from transnormer.train.sync import GradSync
 
 Tell = Callable[..., None]
 # Rows of more tokens than this are timed once, without a warm-up.
 _LONG = 1 << 21
 # Shares of the predicted longest row that are tried, until memory runs out.
 _TRIED = (0.5, 0.8, 1.0, 1.1, 1.2, 1.3)
-# The step behind which a checkpoint is written, and steps beside that.
-_SAVED_AT, _BESIDE = 8, 12
-# Updates of an outer round's row at most, and rounds that are timed.
-_MOST_UPDATES, _ROUNDS = 300, 3
+# The step behind which a checkpoint is written, and steps beside that at most.
+_SAVED_AT, _BESIDE = 16, 100
+# Updates of an outer round's row at most, rounds until their length is settled, and those timed.
+_MOST_UPDATES, _UNSETTLED, _ROUNDS = 300, 4, 3
 
 
 def timed(run: Run, options: Options, *, warmup: int, steps: int) -> dict[str, Any]:
@@ -141,24 +146,24 @@ def measure_outer(tell: Tell, row: Row, options: Options) -> None:
         raise RuntimeError(f"copies differ by {spread} after they met, and moved by {moved}")
     tell(check={"spread": spread, "moved": moved})
     del small, before, after, high, low
-    run, times, rounds, note = Run(row, options), [], [], None
+    run, times, rounds, notes = Run(row, options), [], [], []
     for _ in range(_MOST_UPDATES):
         began = time.perf_counter()
         made = run.update()
         times.append(time.perf_counter() - began)
         if made.outer is not None:
-            note = made.outer.note or note
+            notes += [made.outer.note] if made.outer.note else []
             rounds.append((len(times), made.outer))
-        if len(rounds) > _ROUNDS + 1:
+        if len(rounds) == _UNSETTLED + _ROUNDS:
             break
-    # The first round measures, and the second one has nothing to wait for.
-    ends = [end for end, _ in rounds[1:]]
+    # One of a busy CPU may be so long that none follows it.
+    ends = [end for end, _ in rounds[1 if options.dry else _UNSETTLED - 1 :]]
     spans = [sum(times[a:b]) for a, b in zip(ends, ends[1:])]
     if not spans:
-        raise RuntimeError(f"{len(rounds)} rounds in {len(times)} updates; expected 3: {note}")
+        raise RuntimeError(f"{len(rounds)} rounds in {len(times)} updates; expected more: {notes}")
     tell(
         tau=rounds[-1][1].tau,
-        note=note,
+        notes=notes,
         round_ms=1e3 * statistics.median(spans),
         rounds_ms=[1e3 * span for span in spans],
         exposed=[report.exposed for _, report in rounds],
@@ -190,27 +195,45 @@ def measure_link(tell: Tell, row: Row, options: Options) -> None:
 
 
 class _Clock(Quiet):
-    """When the steps of a run were reported."""
+    """When the steps of a run were reported, by the clock of the files."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def step(self, report: StepReport, steps: int) -> None:
         """Note the time."""
-        self.times.append(time.perf_counter())
+        self.times.append(time.time())
+
+
+class _Seen(Exception):
+    """What a run was for has been measured."""
+
+
+def _until_written(sync: GradSync, written: Path) -> Callable[[Any, int], None]:
+    """What ends a run on all ranks, within a step, when its checkpoint lies there."""
+
+    def after_step(model: Any, step: int) -> None:
+        # One step beside the writing is reported whatever it takes.
+        if step >= _SAVED_AT + 2:
+            over = sync.is_first and written.exists()
+            if sync.highest(over) or step >= _SAVED_AT + _BESIDE:
+                raise _Seen
+
+    return after_step
 
 
 def measure_checkpoint(tell: Tell, row: Row, options: Options) -> None:
-    """Times of a whole run's steps before a checkpoint and beside its writing."""
+    """Times of a whole run's steps before a checkpoint and beside its writing.
+
+    The saving step counts as the first one beside it; the run is broken off behind the writing.
+    """
     folder = Path(tempfile.gettempdir()) / f"dist_gpu_{os.environ['MASTER_PORT']}"
     sizes = {"model_dim": 64, "num_layers": 2, "heads": 2, "glu_dim": 96}
-    # The run ends with a checkpoint of its own, behind the last step that counts.
-    last = 12 if options.dry else _SAVED_AT + _BESIDE
     data = {
         "model": sizes if options.dry else {"name": f"tnl-{row.size}"},
         "data": {"seq": 64 if options.dry else row.lengths[0]},
         "train": {
-            "steps": last,
+            "steps": _SAVED_AT + _BESIDE,
             "tokens_per_step": 256 if options.dry else row.tokens,
             "save_every": _SAVED_AT,
             "keep_last": 1,
@@ -220,23 +243,34 @@ def measure_checkpoint(tell: Tell, row: Row, options: Options) -> None:
     }
     settings = [x for x in row.settings if not (options.dry and "compil" in x)]
     config = RunConfig.model_validate(apply_overrides(data, settings))
-    clock = _Clock()
+    sync, _ = join_processes(config, torch.device("cpu" if options.dry else "cuda"))
+    clock, target = _Clock(), step_path(folder, _SAVED_AT)
     try:
-        run_training(config, progress=clock)
+        with patch.object(sync, "after_step", _until_written(sync, target)), suppress(_Seen):
+            run_training(config, progress=clock, sync=sync)
+        if sync.is_first:
+            tell(**_beside(clock.times, target), **memory(options))
     finally:
         if current_world().rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    if not clock.times:
-        return
-    spans = [1e3 * (b - a) for a, b in zip(clock.times, clock.times[1:])]
-    before, beside = spans[2 : _SAVED_AT - 1], spans[_SAVED_AT - 1 : last - 1]
-    tell(
-        step_ms=statistics.median(before),
-        beside_ms=statistics.mean(beside),
-        worst_beside_ms=max(beside),
-        steps_ms=spans,
-        **memory(options),
-    )
+
+
+def _beside(times: list[float], target: Path) -> dict[str, Any]:
+    """What the steps' times say of the writing of a checkpoint."""
+    spans = [1e3 * (b - a) for a, b in zip(times, times[1:])]
+    began, ended = times[_SAVED_AT - 1], (target / COMPLETE).stat().st_mtime
+    beside = [x for at, x in zip(times[_SAVED_AT - 1 :], spans[_SAVED_AT - 1 :]) if at < ended]
+    return {
+        # The first steps compile and allocate.
+        "step_ms": statistics.median(spans[3 : _SAVED_AT - 1]),
+        "beside_ms": statistics.mean(beside),
+        "saving_ms": beside[0],
+        "worst_beside_ms": max(beside),
+        "steps_beside": len(beside),
+        "writing_s": ended - began,
+        "written_gb": sum(x.stat().st_size for x in target.rglob("*") if x.is_file()) / 1e9,
+        "steps_ms": spans,
+    }
 
 
 MEASURES: dict[str, Callable[[Tell, Row, Options], None]] = {

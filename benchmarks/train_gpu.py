@@ -11,6 +11,7 @@ Whole updates of 24 x 1,024 models, about 0.4 B parameters, vocabulary 64,000, i
 - tnl_1b, tnl_7b and a row of 4,194,304 tokens trained in segments.
 
 Every row runs in a process of its own, the most important first; the result is written after each.
+With ``--gpus`` each of them takes the next row when it has done one, so that all are busy at once.
 Before that, models of two layers compile what the rows need, several at once, so that a row's first
 step finds it on the disk. Figures are medians over steps after the first four. Writes
 benchmarks/results/train_gpu.json; the last line is JSON. ``plot_train_gpu.py`` draws it.
@@ -24,7 +25,10 @@ benchmarks/results/train_gpu.json; the last line is JSON. ``plot_train_gpu.py`` 
 import argparse
 import json
 import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,6 +84,7 @@ def rows_of_the_run() -> tuple[Row, ...]:
         variant("compiled", COMPILE),
         variant("residual", COMPILE, RESIDUAL),
         variant("graph", COMPILE, GRAPH),
+        variant("memory_0.5", *ROOMY, BLOCKS + "0.5"),
         variant("memory_0.4", *ROOMY, BLOCKS + "0.4"),
         variant("memory_0.15", *ROOMY, BLOCKS + "0.15"),
         compiled[0],
@@ -126,13 +131,13 @@ SHARES = {
     ("tnl@2048", "released_lightning2@2048"): 1.55,
     ("tnl@8192", "released_lightning2@8192"): 1.6,
     ("tnl@32768", "released_lightning2@32768"): 1.65,
-    ("tnl_memory_0.4@2048", "tnl@2048"): 0.9,
+    ("tnl_memory_0.5@2048", "tnl@2048"): 0.9,
     ("tnl_memory_0.15@2048", "tnl@2048"): 0.8,
     ("tnl_packed@2048", "tnl_residual@2048"): 0.95,
     ("tnl@4194304", "tnl@32768"): 0.65,
 }
 # The most memory of a row, in 10^9 bytes.
-MEMORY_GB = {"tnl@2048": 32.0, "tnl_memory_0.4@2048": 20.0, "tnl_memory_0.15@2048": 14.0}
+MEMORY_GB = {"tnl@2048": 32.0, "tnl_memory_0.5@2048": 20.0, "tnl_memory_0.15@2048": 14.0}
 # A first step, from caches of the disk or without, in seconds.
 FIRST_STEP_S = 90.0
 SHORT = ("benchmark", "verdicts")
@@ -164,13 +169,14 @@ def verdicts(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def child(row: str, options: argparse.Namespace, limit: float, *extra: str) -> dict[str, Any]:
-    """A row in a process of its own; what it found, or why it found nothing."""
+def child(row: str, options: argparse.Namespace, gpu: str | None, *extra: str) -> harness.Child:
+    """A row in a process of its own, on a GPU or on what is there; it waits to be let go."""
     command = [sys.executable, __file__, "--row", row, "--device", options.device]
     command += ["--steps", str(options.steps), "--profile", str(options.profile), *extra]
     if options.released is not None:
         command += ["--released", str(options.released)]
-    return harness.last_json(command, limit)
+    # It sees no other GPU than its own.
+    return harness.Child(["env", f"CUDA_VISIBLE_DEVICES={gpu}", *command] if gpu else command)
 
 
 def compile_all(rows: list[Row], options: argparse.Namespace) -> dict[str, float | None]:
@@ -183,13 +189,55 @@ def compile_all(rows: list[Row], options: argparse.Namespace) -> dict[str, float
     # A whole model that transformers compiles is another graph with other layers.
     names = [row.name for row in wanted.values() if not row.subject.startswith("hf")]
     extra = ("--layers", "2", "--steps", "0", "--profile", "0")
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        found = pool.map(lambda name: child(name, options, _COMPILE_S, *extra), names)
+    gpus = options.gpus or [None]
+    where = [(name, gpus[i % len(gpus)]) for i, name in enumerate(names)]
+    with ThreadPoolExecutor(_WORKERS * len(gpus)) as pool:
+        found = pool.map(lambda x: child(x[0], options, x[1], *extra).last_json(_COMPILE_S), where)
     made: dict[str, float | None] = {}
     for name, row in zip(names, found, strict=True):
         print(f"compiled {name}: {row.get('first_step_s', row.get('error'))}", flush=True)
         made[name] = row.get("first_step_s")
     return made
+
+
+class Lanes:
+    """Rows one behind the other on each GPU; the next one's process starts while one is timed."""
+
+    def __init__(self, names: Sequence[str], options: argparse.Namespace, end: float) -> None:
+        """Begin nothing behind ``end``, of the monotonic clock."""
+        self._waiting, self._options, self._end = deque(names), options, end
+        self._lock = threading.Lock()
+
+    def _next(self, gpu: str | None) -> tuple[str, harness.Child] | None:
+        with self._lock:
+            if not self._waiting or time.monotonic() >= self._end:
+                return None
+            name = self._waiting.popleft()
+        return name, child(name, self._options, gpu)
+
+    def run(self, done: Callable[[str, dict[str, Any]], None]) -> None:
+        """Run all rows; ``done`` is called with each, one at a time."""
+
+        def lane(gpu: str | None) -> None:
+            now = self._next(gpu)
+            while now is not None:
+                name, process = now
+                left = self._end - time.monotonic()
+                if left <= 0:
+                    process.stop()
+                    found: dict[str, Any] = {"left_out": "the seconds were spent"}
+                    now = None
+                else:
+                    now = self._next(gpu)
+                    found = process.last_json(min(_ROW_S, left + 20))
+                with self._lock:
+                    done(name, found)
+
+        with ThreadPoolExecutor(len(self._options.gpus or [None])) as pool:
+            for ended in [pool.submit(lane, gpu) for gpu in self._options.gpus or [None]]:
+                ended.result()
+        for name in self._waiting:
+            done(name, {"left_out": "the seconds were spent"})
 
 
 def show(name: str, row: dict[str, Any]) -> None:
@@ -201,7 +249,8 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 
 def one_row(row: Row, options: argparse.Namespace) -> None:
-    """What a child does: the row as a line of JSON."""
+    """What a child does, once it is let go: the row as a line of JSON."""
+    sys.stdin.readline()
     try:
         found = measure(
             row,
@@ -226,6 +275,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed, after four")
     parser.add_argument("--profile", type=int, nargs="?", const=25, default=0, metavar="KERNELS")
     parser.add_argument("--budget", type=float, default=1e9, help="start no row after so many s")
+    parser.add_argument("--gpus", nargs="+", metavar="N", help="to share the rows out to")
     parser.add_argument("--no-prepare", action="store_true", help="compile in the rows alone")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--commit", help="for a copy of the tree that has no history")
@@ -255,19 +305,20 @@ def main() -> None:
     if options.device == "cpu":
         result["dry_run"] = "numbers mean nothing"
     elif not options.no_prepare:
-        chosen = [rows[name] for name in options.rows]
-        result["first_step_of_two_layers_s"] = compile_all(chosen, options)
-    for name in options.rows:
-        left = options.budget - (time.monotonic() - began)
-        if left <= 0:
-            result["rows"][name] = {"left_out": "the seconds were spent"}
-            continue
-        row = child(name, options, min(_ROW_S, left + 20))
-        row |= {"settings": list(rows[name].settings), "seq": rows[name].seq}
-        result["rows"][name] = row | {"tokens": rows[name].tokens}
-        show(name, row)
+        wanted = [rows[name] for name in options.rows]
+        result["first_step_of_two_layers_s"] = compile_all(wanted, options)
+    chosen = list(options.rows)
+
+    def done(name: str, row: dict[str, Any]) -> None:
+        facts = {"settings": list(rows[name].settings), "seq": rows[name].seq}
+        result["rows"][name] = row | facts | {"tokens": rows[name].tokens}
+        # In the order that was asked for, whichever ended first.
+        result["rows"] = {x: result["rows"][x] for x in chosen if x in result["rows"]}
+        show(name, row | facts)
         result["verdicts"] = verdicts(result["rows"])
         harness.publish(result, options.output, ("benchmark",))
+
+    Lanes(chosen, options, began + options.budget).run(done)
     result["failures"] = [name for name, row in result["rows"].items() if "error" in row]
     for name, verdict in result["verdicts"].items():
         print(f"{name}: {json.dumps(rounded(verdict))}")

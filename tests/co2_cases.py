@@ -3,8 +3,11 @@
 import errno
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,11 +17,12 @@ from train_cases import Notes, constant_evaluation
 
 from transnormer.models import zoo
 from transnormer.models.decoder import Decoder, DecoderConfig
-from transnormer.optim import OptimizerConfig, build_optimizer
+from transnormer.optim import OptimizerConfig, build_optimizer, clip_factor
 from transnormer.optim.rounded_adamw import round_stochastically
 from transnormer.parallel import local_layout
 from transnormer.parallel.co2 import OuterSync
 from transnormer.parallel.fsdp import apply_fsdp
+from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.local_layout import build_layout
 from transnormer.parallel.mesh import Axes, build_meshes
@@ -28,6 +32,7 @@ from transnormer.parallel.state_dict import gather_whole
 from transnormer.train import RunConfig, run_training
 
 RATE = 0.05
+SMALLEST = zoo.tnl_custom(vocab_size=11, model_dim=8, num_layers=1, heads=1, glu_dim=6)
 
 
 def worker_loss(x: list[Tensor], worker: int, update: int) -> Tensor:
@@ -126,9 +131,7 @@ def serial(config: OuterConfig, workers: int, updates: int, dtype: torch.dtype) 
 def on_shards(group: dist.ProcessGroup, config: OuterConfig, shards: int) -> dict[str, Tensor]:
     """A small model after some updates of two workers, each on so many ranks; whole tensors."""
     torch.manual_seed(0)
-    model = Decoder(
-        zoo.tnl_custom(vocab_size=11, model_dim=8, num_layers=1, heads=1, glu_dim=6)
-    ).double()
+    model = Decoder(SMALLEST).double()
     worker = dist.get_rank(group) // shards
     workers, own = group, None
     if shards > 1:
@@ -210,9 +213,8 @@ def train_copies(
         labels_of_copy = sync.summed(count, sync.total(count)).item()
         (model.loss(ids, labels, reduction="sum") / labels_of_copy).backward()
         sync.after_backward(model)
-        sync.clip(model, 0.05, sync.total_norm(model))
         optimizer.set_lr(1e-2)
-        optimizer.step()
+        optimizer.step(clip_factor(0.05, sync.total_norm(model)))
         optimizer.zero_grad()
         report = sync.outer_step(model, 1e-2)
         gaps += [] if report is None else [report.gap]
@@ -291,9 +293,57 @@ def run_copies(
 
     found = local_layout.automatic_tau
     if taus:
-        local_layout.automatic_tau = lambda reduce, update: taus[dist.get_rank()]
+        local_layout.automatic_tau = lambda *seconds: taus[dist.get_rank()]
     try:
         run_training(config, resume=resume, evaluate=evaluate, progress=notes, sync=layout)
     finally:
         local_layout.automatic_tau = found
     return Told(notes.messages, logits)
+
+
+def tau_by_a_clock(group: dist.ProcessGroup, config: RunConfig) -> list[str]:
+    """What a run tells of its tau where an update and an outer step take a second each.
+
+    From the first all-reduce on both take a tenth more, and evaluations always a hundred seconds.
+    """
+    layout = build_layout(config.parallel, dist.get_world_size(), torch.device("cpu"))
+    assert isinstance(layout, local_layout.LocalLayout)
+    notes, now = Notes(), [0.0]
+
+    def clock() -> float:
+        outer = layout._outer
+        now[0] += 1.0 if outer is None or outer.round == 0 else 1.1
+        return now[0]
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        now[0] += 100.0
+        return constant_evaluation(*args, **options)
+
+    with (
+        patch.object(local_layout, "time", SimpleNamespace(perf_counter=clock)),
+        patch.object(OuterSync, "all_reduce_seconds", lambda outer: 2.0),
+    ):
+        run_training(config, evaluate=evaluate, progress=notes, sync=layout)
+    return [text for text in notes.messages if "outer.tau" in text]
+
+
+def order_of_a_checkpoint(group: dist.ProcessGroup) -> list[str]:
+    """What is done to a copy's parameters, which are staged as the mean of all."""
+    layout, model, calls = local(dp_replicate=4), Decoder(SMALLEST), []
+    optimizer = build_optimizer(layout.wrap(model), OptimizerConfig())
+    layout.after_backward(model)
+
+    class Noted(HostCopies):
+        def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            calls.append("take")
+            return super().take(tensors)
+
+        def hold(self) -> None:
+            calls.append("hold")
+
+    def put(outer: OuterSync, flat: Tensor) -> None:
+        calls.append("put")
+
+    with patch.object(OuterSync, "_put", put), layout.agreed(model):
+        layout.stage(model, optimizer, Noted())
+    return calls

@@ -14,7 +14,7 @@ from transnormer.eval.perplexity import score_tokens
 from transnormer.models.decoder import Decoder, DecoderConfig
 from transnormer.models.recompute import Checkpointing, set_checkpointing
 from transnormer.nn.core import LinearAttentionCore
-from transnormer.optim import OptimizerConfig, build_optimizer, is_matrix
+from transnormer.optim import OptimizerConfig, build_optimizer, clip_factor, is_matrix
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.mesh import Axes
 from transnormer.parallel.sequence import apply_sequence_parallel
@@ -248,10 +248,9 @@ def train(
             nats += loss.detach()
         sync.after_backward(model)
         norms.append(sync.total_norm(model).detach())
-        sync.clip(model, optimizer_config.clip, norms[-1])
         losses.append((sync.total(nats) / count.item())[0])
         optimizer.set_lr(optimizer_config.lr)
-        optimizer.step()
+        optimizer.step(clip_factor(optimizer_config.clip, norms[-1]))
         optimizer.zero_grad()
     whole = sync.whole(model, optimizer)
     return {

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from transnormer.models.decoder import Decoder, DecoderConfig
-from transnormer.optim import OptimizerConfig, build_optimizer
+from transnormer.optim import OptimizerConfig, build_optimizer, clip_factor
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.mesh import Axes
 from transnormer.train import OneProcess
@@ -37,10 +37,9 @@ def train_rounded(
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(ids[own], labels[own], reduction="sum")
         loss.backward()
-        sync.clip(model, CONFIG.clip, sync.total_norm(model))
         optimizer.set_lr(CONFIG.lr)
         before = torch.get_rng_state()
-        optimizer.step()
+        optimizer.step(clip_factor(CONFIG.clip, sync.total_norm(model)))
         kept = kept and torch.equal(torch.get_rng_state(), before)
         optimizer.zero_grad()
     held = {**dict(model.named_parameters()), **optimizer.state_tensors()}

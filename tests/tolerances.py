@@ -103,6 +103,9 @@ FORGET_GATE = 16 * EPS[torch.float32]
 # Naive float32 loops of another package against float32: both round once a token, some 100 tokens.
 PEER_LOOP = 2e-6
 
+# AdamW in float32 against float64, of parameters and moments: a dozen roundings a step, four steps.
+ADAMW = 8 * EPS[torch.float32]
+
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """rms(actual - exact) / rms(exact), in float64; 0 for two equal or empty tensors."""

@@ -1,5 +1,6 @@
 """Two GPUs over NCCL compute what one does: layouts, exchanges of states, segments, whole runs."""
 
+import copy
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -8,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from nccl_cases import parts_on_gpus, run_on_gpus, segments_on_gpus, sums
-from nn.mixer_cases import CASES, ids_of
+from nccl_cases import joint_parts_on_gpus, parts_on_gpus, run_on_gpus, segments_on_gpus, sums
+from nn.mixer_cases import CASES, VOCAB, ids_of
 from parallel_cases import model_whole, train
 from ranks import Ranks
 from segment_cases import whole
@@ -93,6 +94,28 @@ def test_every_exchange_of_states_has_the_gradients_of_one_gpu(
     for found in pair.run(2, parts_on_gpus, model, batch, options):
         for name, expected in exact.items():
             assert_close(found[name], expected, limit=SEQUENCE_PARALLEL, name=name)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("heads", [4, 2], ids=["dim64", "dim128"])
+def test_the_joint_op_in_parts_errs_as_on_one_gpu(pair: Ranks, heads: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    # LRPE is in the first layer alone: the other two are joint.
+    model = Decoder(
+        zoo.tnl_custom(vocab_size=VOCAB, model_dim=256, num_layers=3, heads=heads, glu_dim=256)
+    )
+    batch = {"input_ids": ids_of(2, 5200), "labels": ids_of(2, 5200, 7)}
+    there = {name: x.cuda() for name, x in batch.items()}
+    exact = model_whole(copy.deepcopy(model).double().cuda(), there)
+    alone, _ = joint_parts_on_gpus(None, model, batch, None, compiled)
+    # A part of one segment, and one of several.
+    lengths = (700, 4500)
+    for found, calls in pair.run(2, joint_parts_on_gpus, model, batch, lengths, compiled):
+        assert calls == 2
+        assert_close(found["loss"], alone["loss"], limit=RELAID_LOSS_GPU, name="loss")
+        for name, expected in exact.items():
+            if name != "loss":
+                assert_close(found[name], expected.cpu(), alone[name], name=name)
 
 
 @pytest.mark.parametrize("name", ["softmax", "lightnet", "eos"])

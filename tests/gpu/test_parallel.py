@@ -5,6 +5,7 @@ import torch
 from tolerances import KERNEL_GRADIENT, KERNEL_STATE, assert_close
 
 from transnormer.nn.core import LinearAttentionCore
+from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.sequence_cores import _decay_from, _write
 
 pytestmark = pytest.mark.gpu
@@ -28,3 +29,23 @@ def test_states_of_parts_are_those_of_the_kernels(gated: bool) -> None:
     assert k.grad is not None
     assert exact_k.grad is not None
     assert_close(k.grad, exact_k.grad, limit=KERNEL_GRADIENT[torch.bfloat16])
+
+
+def test_copies_are_made_beside_what_follows_and_before_what_changes_their_source() -> None:
+    x, merged = torch.randn(1 << 26, device="cuda"), torch.randn(1 << 24, device="cuda") + 1
+    exact = {"x": x.cpu(), "sum": merged.cpu()}
+    copies = HostCopies()
+    first = copies.take({"x": x, "sum": merged})
+    assert all(copy.is_pinned() for copy in first.values())
+    # Gone before it is copied: what comes next must not be put into its memory.
+    del merged
+    other = torch.zeros(1 << 24, device="cuda")
+    copies.hold()
+    x.zero_()
+    copies.wait()
+    for name, copy in first.items():
+        assert torch.equal(copy, exact[name])
+    again = copies.take({"x": x, "sum": other})
+    copies.wait()
+    assert all(not copy.any() for copy in again.values())
+    assert [c.data_ptr() for c in again.values()] == [c.data_ptr() for c in first.values()]

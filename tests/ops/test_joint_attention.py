@@ -29,7 +29,7 @@ def run(joint: Tensor, decay: Tensor | None, grad: Tensor, dim: int, **options: 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("batch", "seq", "heads", "dim"), [(2, 19, 3, 16), (1, 1, 1, 32), (1, 9, 2, 20)]
+    ("batch", "seq", "heads", "dim"), [(2, 19, 3, 16), (1, 1, 1, 32), (2, 1, 1, 16), (1, 9, 2, 20)]
 )
 def test_the_kernels_are_the_formula(
     batch: int, seq: int, heads: int, dim: int, dtype: torch.dtype

@@ -103,3 +103,11 @@ def test_a_run_goes_on_bit_for_bit_with_an_all_reduce_under_way(
 def test_tau_hides_the_all_reduce_with_room_to_spare() -> None:
     assert automatic_tau(1.0, 0.1) == 12
     assert automatic_tau(0.001, 0.1) == 1
+
+
+def test_tau_lets_a_round_cost_a_small_part_of_itself() -> None:
+    update, cost = 0.2, 0.06
+    tau = automatic_tau(0.5, update, cost)
+    assert tau > automatic_tau(0.5, update)
+    assert cost / (tau * update + cost) <= 0.03 < cost / ((tau - 1) * update + cost)
+    assert automatic_tau(0.5, update, 0.001) == automatic_tau(0.5, update)

@@ -4,14 +4,19 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from co2_cases import (
     Told,
     norms_of_copies,
+    order_of_a_checkpoint,
     run_copies,
     run_on_a_full_disk,
+    tau_by_a_clock,
     train_copies,
 )
 from ranks import Ranks
@@ -22,6 +27,7 @@ from transnormer.models import checkpoint
 from transnormer.models.decoder import BlockConfig, DecoderConfig
 from transnormer.nn.channel_mixers import FfnConfig
 from transnormer.nn.token_mixers import LightningConfig
+from transnormer.parallel import local_layout
 from transnormer.parallel.outer_config import OuterTable
 from transnormer.parallel.parallel_config import ParallelConfig
 from transnormer.train import OneProcess, RunConfig, run_training
@@ -179,6 +185,49 @@ def test_tau_is_found_once_and_kept(ranks: Ranks, tmp_path: Path) -> None:
         assert len(notes) == (steps == 21)
     found = {row["step"]: row["outer_tau"] for row in rows(tmp_path / "many") if "outer_tau" in row}
     assert found == {12: 5, 17: 5, 22: 5}
+
+
+def test_tau_is_corrected_by_what_rounds_cost(ranks: Ranks, tmp_path: Path) -> None:
+    table = ("parallel.dp_replicate=4", "parallel.outer.method=co2", "parallel.outer.tau=auto")
+    config = folder(tmp_path, "many", *table, "train.steps=68", "train.eval_every=1")
+    notes = ranks.run(4, tau_by_a_clock, config)[0]
+    assert "outer.tau is 3: an all-reduce took 2e+03 ms here, an update 1e+03 ms" in notes[0]
+    # An outer step of 1.1 s, and three updates that take 0.1 s more.
+    assert "outer.tau is 46 from here on" in notes[1]
+    assert "costs 1.4e+03 ms here, 1.1e+03 ms of it the outer step" in notes[1]
+    found = {row["step"]: row["outer_tau"] for row in rows(tmp_path / "many") if "outer_tau" in row}
+    assert found == {12: 3, 15: 3, 18: 3, 21: 3, 67: 46}
+
+
+def test_a_late_all_reduce_leaves_the_updates_their_multiprocessors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Options:
+        def __init__(self) -> None:
+            self.config = SimpleNamespace(max_ctas=None)
+
+    given = []
+
+    def groups(lists: list[list[int]], pg_options: Any) -> Any:
+        given.append(pg_options)
+        return dist.ProcessGroup(0, 1), []
+
+    fake = SimpleNamespace(
+        ProcessGroupNCCL=SimpleNamespace(Options=Options),
+        ProcessGroup=dist.ProcessGroup,
+        new_subgroups_by_enumeration=groups,
+    )
+    monkeypatch.setattr(local_layout, "dist", fake)
+    for device, late in (("cuda", True), ("cuda", False), ("cpu", True)):
+        options = local_layout._options(torch.device(device), late=late)
+        local_layout._own_group([[0, 1]], options)
+    assert given[0].config.max_ctas == 4
+    assert given[1:] == [None, None]
+
+
+def test_parameters_go_back_behind_the_copies_of_their_mean(ranks: Ranks) -> None:
+    for calls in ranks.run(4, order_of_a_checkpoint):
+        assert calls == ["put", "take", "hold", "put"]
 
 
 def test_every_layout_of_a_copy_makes_the_same_steps(ranks: Ranks) -> None:

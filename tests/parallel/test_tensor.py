@@ -37,6 +37,8 @@ SHOWN = {
     "cosformer", "diag_attention-relu", "eos", "eos-additive", "eos-constants", "gau", "gau-quad",
     "hgrn1", "hgrn2", "lightnet", "lightning-low-rank-gate", "retention", "softmax", "tpe",
 }  # fmt: skip
+# Of the two blocks of a model both are alike.
+COMPILED = {"lightning-no-positions"}
 # Of the contract's configurations those with one head, which is not cut.
 REFUSED = {"cosformer-no-out-proj"}
 # Both, and what 22 tokens leave over among 4 ranks.
@@ -123,15 +125,38 @@ def test_a_cut_stream_holds_a_part_of_the_tokens_on_each_rank(
                 assert_close(found[name], exact[name], limit=LAYOUT_FLOAT64, name=name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gau", "lightning-no-positions"])
-def test_compiled_blocks_on_ranks_compute_the_same(ranks: Ranks, name: str) -> None:
-    config = next(case for case in CASES if case.name == name).config()
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if case.name in COMPILED else pytest.mark.slow)
+        for case in CASES
+        if case.name not in REFUSED
+    ],
+)
+def test_a_compiled_block_on_ranks_is_one_graph(ranks: Ranks, case: MixerCase) -> None:
+    config, cut = case.config(), len(case.name) % 2 == 1
+    model = case.model()
+    if any(why_not_on_ranks(model, i, 4) for i in range(len(model.blocks))):
+        pytest.skip("its heads are no multiple of the ranks")
     exact = loss_and_norm(None, config)
-    for cut in (False, True):
-        found = ranks.run(4, loss_and_norm, config, "none", "aot_eager", cut)[0]
+    # Without breaks, or it raises.
+    for found in ranks.run(4, loss_and_norm, config, "full", "aot_eager", cut):
         for key in ("loss", "norm"):
             assert_close(found[key], exact[key], limit=LAYOUT_FLOAT64, name=key)
+        if case.name in COMPILED:
+            # Both blocks have the same.
+            assert found["graphs"] == 1
+        assert not found["kept"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_alone_on_ranks_are_shared_no_further(ranks: Ranks, dtype: torch.dtype) -> None:
+    config = model_of(LightningConfig(heads=4, norm=NormConfig(kind="rms")))
+    for found in ranks.run(4, loss_and_norm, config, "none", "", False, dtype):
+        assert not found["shared_further"]
+        assert found["dtypes"] == {str(dtype)}
+        # Whole rows, on which fast products depend.
+        assert found["strides"][DIM] == {(22 * DIM, DIM, 1)}
 
 
 def test_all_mixers_but_single_heads_can_be_cut_in_two() -> None:

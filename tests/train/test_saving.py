@@ -10,6 +10,9 @@ import pytest
 from train_cases import Crash, CrashAt, Notes, assert_same_checkpoint, tiny_run
 
 from transnormer.data.tokenizers import ByteTokenizer
+from transnormer.optim import Optimizer
+from transnormer.parallel import host_copies
+from transnormer.parallel.host_copies import HostCopies
 from transnormer.train import StepReport, checkpoints, run_training
 from transnormer.train.checkpoints import (
     Contents,
@@ -20,6 +23,7 @@ from transnormer.train.checkpoints import (
     what_is_wrong,
     write_checkpoint,
 )
+from transnormer.train.saving import Saver
 
 
 class Gate(Notes):
@@ -140,3 +144,63 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
+
+
+def test_the_memory_of_checkpoints_is_there_after_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes, packed, asked = Notes(), host_copies.packed, []
+
+    def look(sizes: Any, most: int) -> Any:
+        asked.append((len(notes.steps), len(sizes)))
+        return packed(sizes, most)
+
+    monkeypatch.setattr(host_copies, "packed", look)
+    run_training(tiny_run(tmp_path, "train.save_every=2"), progress=notes)
+    assert {step for step, names in asked if names} == {1}
+    assert max(step for step, _ in asked) > 2
+
+
+def test_nothing_changes_before_a_checkpoint_has_taken_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def noted(kind: type, name: str) -> None:
+        whole = getattr(kind, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return whole(*args, **options)
+
+        monkeypatch.setattr(kind, name, call)
+
+    noted(HostCopies, "take")
+    noted(HostCopies, "hold")
+    noted(Optimizer, "step")
+    run_training(tiny_run(tmp_path, "train.save_every=1", "train.steps=3"))
+    assert calls == ["hold", "step", "take", "take"] + ["hold", "step", "take"] * 2
+
+
+def test_a_run_that_saves_too_often_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(10**6))
+    fast = type("", (), {"perf_counter": staticmethod(lambda: next(ticks) * 1e-3)})
+    monkeypatch.setattr("transnormer.train.saving.time", fast)
+    drain, slow = Saver.drain, [False]
+
+    def drained(self: Saver) -> None:
+        drain(self)
+        if slow[0]:
+            for _ in range(5000):
+                next(ticks)
+
+    monkeypatch.setattr(Saver, "drain", drained)
+    for slow[0], every, told in ((False, 2, 0), (True, 2, 1), (True, 0, 0)):
+        notes = Notes()
+        own = (f"train.save_every={every}", f"output.dir={tmp_path / f'{slow[0]}{every}'}")
+        run_training(tiny_run(tmp_path, *own), progress=notes)
+        found = [text for text in notes.messages if "raise train.save_every" in text]
+        assert len(found) == told
+        assert all("step 2: training waited 5 s for the checkpoint" in text for text in found)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transnormer.nn.state import SlotState
 from transnormer.ops import linear_attention, linear_attention_step
 from transnormer.ops.checks import accumulation_dtype, no_autocast
+from transnormer.ops.joint_attention import joint_attention
 
 
 class LinearAttentionCore(nn.Module):
@@ -71,6 +72,33 @@ class LinearAttentionCore(nn.Module):
             v,
             log_decay,
             initial_state=state,
+            cu_seqlens=cu_seqlens,
+            implementation=implementation,
+        )
+
+    def joint(
+        self,
+        projected: Tensor,
+        log_decay: Tensor | None,
+        *,
+        head_dim: int,
+        eps: float,
+        cu_seqlens: Tensor | None,
+        implementation: str,
+    ) -> Tensor | None:
+        """All between the projections of a released layer as one op; None where this core cannot.
+
+        Arguments as ``joint_attention``'s. Without states, pads and both directions: those need
+        ``forward``.
+        """
+        # Whoever keeps states or tokens elsewhere has a ``forward`` that this would pass by.
+        if type(self) is not LinearAttentionCore:
+            return None
+        return joint_attention(
+            projected,
+            log_decay,
+            head_dim=head_dim,
+            eps=eps,
             cu_seqlens=cu_seqlens,
             implementation=implementation,
         )

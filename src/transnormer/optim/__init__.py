@@ -1,6 +1,12 @@
 """Optimizers and schedules on parameter lists."""
 
-from transnormer.optim.optimizers import Optimizer, OptimizerConfig, build_optimizer, is_matrix
+from transnormer.optim.optimizers import (
+    Optimizer,
+    OptimizerConfig,
+    build_optimizer,
+    clip_factor,
+    is_matrix,
+)
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
 from transnormer.optim.shared_muon import WholeMatrices
 
@@ -10,6 +16,7 @@ __all__ = [
     "ScheduleConfig",
     "WholeMatrices",
     "build_optimizer",
+    "clip_factor",
     "is_matrix",
     "lr_factor",
 ]

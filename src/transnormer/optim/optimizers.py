@@ -7,9 +7,12 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from transnormer.ops.adamw import why_not
+from transnormer.optim.one_launch_adamw import OneLaunchAdamW
 from transnormer.optim.rounded_adamw import RoundedAdamW
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
 from transnormer.optim.shared_muon import SharedMuon, WholeMatrices
+from transnormer.optim.shares import own_share
 
 
 class OptimizerConfig(ScheduleConfig):
@@ -67,6 +70,11 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and name.rsplit(".", 1)[-1] == "weight"
 
 
+def clip_factor(most: float, norm: Tensor) -> Tensor:
+    """What scales gradients, whose norm is given, [], to a norm of at most ``most``, as torch does."""
+    return (most / (norm + 1e-6)).clamp(max=1.0)
+
+
 class Optimizer:
     """One or two torch optimizers that act as one, with state kept under parameter names."""
 
@@ -80,9 +88,21 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
-    def step(self) -> None:
-        """Update the parameters from their gradients."""
+    def step(self, factor: Tensor | None = None) -> None:
+        """Update the parameters from their gradients.
+
+        Args:
+            factor: by which all gradients are multiplied first, [], see ``clip_factor``; None is 1.
+        """
         for part in self._parts:
+            if isinstance(part, RoundedAdamW | OneLaunchAdamW):
+                part.step(factor=factor)
+                continue
+            if factor is not None:
+                held = (p.grad for group in part.param_groups for p in group["params"])
+                grads = [own_share(grad) for grad in held if grad is not None]
+                if grads:
+                    torch._foreach_mul_(grads, factor)
             part.step()
 
     def zero_grad(self) -> None:
@@ -107,11 +127,13 @@ class Optimizer:
 
         The tensors are the live ones: copy what must outlast the next step.
         """
+        # In the order of the parameters: that of groups depends on how they lie on ranks.
         return {
-            f"{self._names[parameter]}/{key}": value
+            f"{name}/{key}": value
+            for parameter, name in self._names.items()
             for part in self._parts
-            for parameter, state in part.state.items()
-            for key, value in state.items()
+            if parameter in part.state
+            for key, value in part.state[parameter].items()
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -172,8 +194,8 @@ def build_optimizer(
     matrix is orthogonalised as it is stored: q, k, v and gate, which are one, together.
 
     lr_scales multiplies the rate of AdamW's parameters by name; their weight decay a step, rate
-    times weight_decay, does not change. compile_backend compiles the update of bfloat16 moments; the
-    other optimizers are fused as they are. matrices is how muon works on matrices that lie on several
+    times weight_decay, does not change. AdamW of float32 parameters on one GPU is ``OneLaunchAdamW``,
+    torch's own fused one elsewhere. compile_backend compiles the update of bfloat16 moments. matrices is how muon works on matrices that lie on several
     processes; None has them here.
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -202,17 +224,18 @@ def _adamw(
     lr_scales: Mapping[str, float],
     compile_backend: str | None,
 ) -> torch.optim.Optimizer:
-    # By decay and scale; matrices first.
-    found: dict[tuple[float, float], list[Tensor]] = {}
+    # By decay, scale and the ranks that share them, which a fused update cannot mix; matrices first.
+    found: dict[tuple[float, float, object], list[Tensor]] = {}
     for wanted in (True, False):
         for name, value in named.items():
             if is_matrix(name, value) is wanted:
                 scale = lr_scales.get(name, 1.0)
                 decay = config.weight_decay / scale if wanted else 0.0
-                found.setdefault((decay, scale), []).append(value)
+                ranks = getattr(value, "device_mesh", None)
+                found.setdefault((decay, scale, ranks), []).append(value)
     groups = [
         {"params": params, "weight_decay": decay, "lr_scale": scale}
-        for (decay, scale), params in found.items()
+        for (decay, scale, _), params in found.items()
     ]
     if config.states == "bfloat16":
         return RoundedAdamW(
@@ -223,10 +246,13 @@ def _adamw(
             weight_decay=0.0,
             compile_backend=compile_backend,
         )
+    rates = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
+    if all(x.is_cuda and x.dtype == torch.float32 for x in named.values()):
+        first = next(iter(named.values())).device
+        if why_not(first) is None and all(x.device == first for x in named.values()):
+            return OneLaunchAdamW(groups, **rates)
     fused = all(value.device.type in ("cpu", "cuda") for value in named.values())
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused
-    )
+    return torch.optim.AdamW(groups, fused=fused, **rates)
 
 
 def _muon(

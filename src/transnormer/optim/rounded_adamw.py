@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transnormer.optim.shares import own_share
+
 # The bits of a float32 that a bfloat16 does not have.
 _LOW_BITS = 16
 
@@ -34,16 +36,20 @@ def _update(
     keep: Tensor,
     rate: Tensor,
     correction: Tensor,
+    factor: Tensor | None,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
     """One step of one tensor and its moments, in place.
 
-    keep is 1 - lr decay, rate is lr / (1 - beta_1^t), correction 1 / (1 - beta_2^t): float32 [], since
-    a compiled graph takes another number for another graph.
+    keep is 1 - lr decay, rate is lr / (1 - beta_1^t), correction 1 / (1 - beta_2^t), all on the CPU,
+    factor what gradients are multiplied by: float32 [], since a compiled graph takes another number
+    for another graph.
     """
     beta1, beta2 = betas
     grad, value = grad.float(), parameter.float()
+    if factor is not None:
+        grad = grad * factor
     first = exp_avg.float().lerp_(grad, 1 - beta1)
     second = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     exp_avg.copy_(round_stochastically(first))
@@ -66,11 +72,6 @@ def _flat(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(storage, offset, size)  # pyrefly: ignore[no-matching-overload]
 
 
-def _own(x: Any) -> Tensor:
-    """This rank's share of a tensor that lies on several ranks; any other as it is."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
 @contextmanager
 def noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
     """Draw the same numbers on all ranks that hold the same share of a parameter.
@@ -85,7 +86,7 @@ def noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
     for size, place, how in zip(mesh.shape, mesh.get_coordinate(), parameter.placements):
         if not how.is_replicate():
             share = share * size + place
-    device = _own(parameter).device
+    device = own_share(parameter).device
     seed = (step << 40) + (number << 20) + share
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if device.type == "cuda":
@@ -137,16 +138,28 @@ class RoundedAdamW(torch.optim.Optimizer):
                     )
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
-        """Update the parameters that have gradients; a closure is not called."""
+    def step(self, closure: None = None, *, factor: Tensor | None = None) -> None:  # pyrefly: ignore[bad-override]
+        """Update the parameters that have gradients.
+
+        Args:
+            closure: not called.
+            factor: float32 [], by which gradients are multiplied first, in float32; None is 1.
+        """
         number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 number += 1
                 if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group, number)
+                    self._step(parameter, parameter.grad, group, number, factor)
 
-    def _step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], number: int) -> None:
+    def _step(
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        number: int,
+        factor: Tensor | None,
+    ) -> None:
         state, (beta1, beta2), lr = self.state[parameter], group["betas"], group["lr"]
         if not state:
             # On the CPU: the step decides numbers of the host, and reading it must not wait.
@@ -157,7 +170,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         step = int(state["step"])
         numbers = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / (1 - beta2**step))
         held = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
-        own, change, *moments = (_own(x) for x in held)
+        own, change, *moments = (own_share(x) for x in held)
         if not own.numel():
             # Fewer rows than ranks.
             return
@@ -168,6 +181,7 @@ class RoundedAdamW(torch.optim.Optimizer):
             self._update(
                 *tensors,
                 *(torch.tensor(value, dtype=torch.float32) for value in numbers),
+                factor=None if factor is None else factor.float(),
                 betas=(beta1, beta2),
                 eps=group["eps"],
             )

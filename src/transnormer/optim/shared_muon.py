@@ -1,10 +1,12 @@
 """Muon for matrices that lie on several processes, a share of each on every one of them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from transnormer.optim.shares import own_share
 
 
 class WholeMatrices(Protocol):
@@ -61,15 +63,15 @@ class SharedMuon(torch.optim.Optimizer):
                 state = self.state[x]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(x)
-                buffer = _own(state["momentum_buffer"]).lerp_(_own(x.grad), 1 - momentum)
+                buffer = own_share(state["momentum_buffer"]).lerp_(own_share(x.grad), 1 - momentum)
                 update = torch.empty_like(x)
-                torch.lerp(_own(x.grad), buffer, momentum, out=_own(update))
+                torch.lerp(own_share(x.grad), buffer, momentum, out=own_share(update))
                 updates[self._names[x]] = update
             found = self._matrices.apply(updates, _step_from_zero)
             for x in group["params"]:
                 if x.grad is not None:
-                    own = _own(x).mul_(1 - group["lr"] * group["weight_decay"])
-                    own.add_(_own(found[self._names[x]]), alpha=group["lr"])
+                    own = own_share(x).mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(own_share(found[self._names[x]]), alpha=group["lr"])
 
 
 def _step_from_zero(update: Tensor) -> Tensor:
@@ -86,8 +88,3 @@ def _step_from_zero(update: Tensor) -> Tensor:
     )
     one_step.step()
     return matrix
-
-
-def _own(x: Any) -> Tensor:
-    """What this process holds of a tensor, as a view."""
-    return x.to_local() if hasattr(x, "to_local") else x

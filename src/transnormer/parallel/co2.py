@@ -23,10 +23,31 @@ from torch.distributed.tensor import DTensor
 from transnormer.optim.rounded_adamw import noise_of_share, round_stochastically
 from transnormer.parallel.outer_config import OuterConfig, OuterReport
 
+# Room that an all-reduce has in a round, and the largest part of a round that others may cost.
+_ROOM, _PART = 1.2, 0.03
+# Entries whose squares are summed at a time: what is made of them stays in a GPU's cache.
+_SQUARED = 1 << 22
 
-def automatic_tau(all_reduce_seconds: float, update_seconds: float) -> int:
-    """Updates of a round that hide one all-reduce with a fifth to spare."""
-    return max(1, math.ceil(1.2 * all_reduce_seconds / update_seconds))
+
+def automatic_tau(
+    all_reduce_seconds: float, update_seconds: float, round_seconds: float = 0.0
+) -> int:
+    """Updates of a round that hide one all-reduce, and let the rest of its costs be a small part.
+
+    tau >= 1.2 a / u hides an all-reduce of a seconds behind updates of u; with
+
+        tau >= (1 - p) c / (p u),   p = 0.03,
+
+    what else a round costs, c seconds however long it is, is at most p of tau u + c.
+
+    Args:
+        all_reduce_seconds: a.
+        update_seconds: u, of an update with nothing beside it.
+        round_seconds: c, the outer step and what the all-reduce costs the updates beside it.
+    """
+    hidden = _ROOM * all_reduce_seconds / update_seconds
+    small = (1.0 - _PART) * round_seconds / (_PART * update_seconds)
+    return max(1, math.ceil(hidden), math.ceil(small))
 
 
 class OuterSync:
@@ -74,11 +95,12 @@ class OuterSync:
         # How much an entry of each parameter counts in a sum over the shards: what several of them
         # hold counts once.
         self._weights = [_pieces(p) / ranks for p in self._parameters]
-        # Sum of squares of the last outer move, over all shards; and the number of parameters.
-        self._moved = 0.0
+        # Sum of squares of the last outer move, over all shards, on the device: read when it is used,
+        # a round later. And the number of parameters.
+        self._moved = self._number(0.0)
         sizes = [x.numel() for x in self._locals()]
         own = sum(n * weight for n, weight in zip(sizes, self._weights, strict=True))
-        self._count = round(self._over_shards(own))
+        self._count = round(float(self._over_shards(self._number(own))))
 
     @torch.no_grad()
     def after_update(self, lr: float) -> OuterReport | None:
@@ -98,8 +120,7 @@ class OuterSync:
         own = self._flat()
         torch.sub(self._start, own, out=own)
         if self.config.delayed:
-            exposed = self._work is not None and not self._work.is_completed()
-            found = self._late_average(own)
+            exposed, found = self.is_reducing, self._late_average(own)
         else:
             exposed, found = True, own
             dist.all_reduce(found, group=self._workers)
@@ -124,6 +145,11 @@ class OuterSync:
         self._work = dist.all_reduce(own, group=self._workers, async_op=True)
         return found
 
+    @property
+    def is_reducing(self) -> bool:
+        """Whether an all-reduce is still under way."""
+        return self._work is not None and not self._work.is_completed()
+
     def drain(self) -> None:
         """Wait for the all-reduce that is under way; its average is kept for the next step."""
         if self._work is not None and self._average is not None:
@@ -134,21 +160,22 @@ class OuterSync:
     def _step(self, found: Tensor, penalty: float) -> None:
         """Make the outer step of an average, whose memory is used up."""
         config = self.config
-        found /= penalty
+        if penalty != 1.0:
+            found /= penalty
         self._momentum.mul_(config.momentum).add_(found)
         if config.nesterov:
             found += config.momentum * self._momentum
-        else:
-            found.copy_(self._momentum)
-        move = self._clipped(found).mul_(config.lr)
+        move = self._clipped(found if config.nesterov else self._momentum, out=found)
+        if config.lr != 1.0:
+            move = torch.mul(move, config.lr, out=found)
         if config.penalty == "gap":
             self._moved = self._over_shards(self._square(move))
         self._start -= move
 
-    def _clipped(self, step: Tensor) -> Tensor:
-        """The step itself, clipped in place."""
+    def _clipped(self, step: Tensor, out: Tensor) -> Tensor:
+        """The step, clipped into other memory where it is clipped at all."""
         clip = self.config.clip
-        return step if clip is None else step.clamp_(-clip, clip)
+        return step if clip is None else torch.clamp(step, -clip, clip, out=out)
 
     def _penalty(self) -> float:
         if self.config.penalty == "const":
@@ -156,23 +183,27 @@ class OuterSync:
         if self.config.penalty == "none" or self._first_lr == 0.0:
             return 1.0
         scale = self.tau * self._first_lr * math.sqrt(self._count)
-        return 1.0 + math.sqrt(self._moved) / scale
+        return 1.0 + math.sqrt(float(self._moved)) / scale
 
-    def _square(self, x: Tensor) -> float:
-        """This rank's part of the sum of squares over all shards, in float64."""
-        squares = x.square()
-        if all(weight == 1.0 for weight in self._weights):
-            return float(squares.sum(dtype=torch.float64))
-        parts = squares.split([p.numel() for p in self._locals()])
-        sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
-        return float(sums @ sums.new_tensor(self._weights))
+    def _square(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum of squares over all shards, in float64 []."""
+        whole = all(weight == 1.0 for weight in self._weights)
+        sizes = [x.numel()] if whole else [p.numel() for p in self._locals()]
+        weights = [1.0] if whole else self._weights
+        total = self._number(0.0)
+        for part, weight in zip(x.split(sizes), weights, strict=True):
+            for some in part.split(_SQUARED):
+                total += weight * some.square().sum(dtype=torch.float64)
+        return total
 
-    def _over_shards(self, value: float) -> float:
-        if self._shards is None:
-            return value
-        total = torch.tensor([value], dtype=torch.float64, device=self._start.device)
-        dist.all_reduce(total, group=self._shards)
-        return float(total)
+    def _over_shards(self, value: Tensor) -> Tensor:
+        if self._shards is not None:
+            dist.all_reduce(value, group=self._shards)
+        return value
+
+    def _number(self, value: float) -> Tensor:
+        """A float64 [] tensor beside the parameters."""
+        return torch.tensor(value, dtype=torch.float64, device=self._start.device)
 
     def _locals(self) -> list[Tensor]:
         return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self._parameters]
@@ -225,7 +256,8 @@ class OuterSync:
         self.drain()
         if self._average is not None:
             left = 1.0 - 1.0 / self._size if self.config.eager else 1.0
-            mean -= self._clipped(self._average * left / self._penalty()) * self.config.lr
+            step = self._average * left / self._penalty()
+            mean -= self._clipped(step, out=step) * self.config.lr
         self._put(mean)
         del mean
         try:
@@ -240,22 +272,23 @@ class OuterSync:
         for _ in range(2):
             # All begin together.
             dist.all_reduce(buffer[:1], group=self._workers)
-            self._finish()
+            self.finish()
             began = time.perf_counter()
             dist.all_reduce(buffer, group=self._workers)
-            self._finish()
+            self.finish()
             found = min(found, time.perf_counter() - began)
         return found
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait until the device has done what it was given; not for an all-reduce beside it."""
         if self._start.is_cuda:
-            torch.cuda.synchronize(self._start.device)
+            torch.cuda.current_stream(self._start.device).synchronize()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """This rank's state, with what was under way drained; a worker's own, as its parameters
         between two outer steps are."""
         self.drain()
-        counts = [self.updates, self._first_lr, self._moved, self.round, self.tau]
+        counts = [self.updates, self._first_lr, float(self._moved), self.round, self.tau]
         state = {
             "start": self._start,
             "momentum": self._momentum,
@@ -287,7 +320,8 @@ class OuterSync:
         average, own = tensors.get("average"), tensors.get("own")
         self._average = None if average is None else average.to(device, copy=True)
         self._own = None if own is None else own.to(device, copy=True)
-        updates, self._first_lr, self._moved, rounds, tau = tensors["counts"].tolist()
+        updates, self._first_lr, moved, rounds, tau = tensors["counts"].tolist()
+        self._moved = self._number(moved)
         self.updates, self.round, self.tau = int(updates), int(rounds), int(tau)
 
 

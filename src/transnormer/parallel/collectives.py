@@ -13,34 +13,35 @@ from torch import Tensor
 
 Map = Callable[[Tensor, dist.ProcessGroup | None, int], Tensor]
 
-# Later torches warn of the old names, which earlier ones have alone.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter: Callable[..., Any] = getattr(
-    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
-)
+# Sums and joins as functions of tensors, which compiled graphs hold: what is written in place in a
+# function of autograd, graphs of earlier torches lose.
+_C10D = torch.ops._c10d_functional
+
+
+def _name(group: dist.ProcessGroup | None) -> str:
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    return group.group_name
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    total = x.contiguous().clone()
-    dist.all_reduce(total, group=group)
-    return total
+    return _C10D.wait_tensor(_C10D.all_reduce(x.contiguous(), "sum", _name(group)))
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
     """The ranks' parts, of one size, one behind the other along a dim."""
     size = dist.get_world_size(group)
-    parts = x.new_empty(size * x.numel())
-    _all_gather(parts, x.contiguous().view(-1), group=group)
-    return parts.view(size, *x.shape).movedim(0, dim).reshape(_times(x.shape, dim, size))
+    parts = _C10D.all_gather_into_tensor(x.contiguous().view(-1), size, _name(group))
+    parts = _C10D.wait_tensor(parts).view(size, *x.shape)
+    return parts.movedim(0, dim).reshape(_times(x.shape, dim, size))
 
 
 def summed_part(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:
     """This rank's part along a dim, a multiple of the ranks, of the sum of all ranks' tensors."""
     size = dist.get_world_size(group)
     parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
-    total = parts.new_empty(parts[0].shape)
-    _reduce_scatter(total.view(-1), parts.view(-1), group=group)
-    return total
+    total = _C10D.reduce_scatter_tensor(parts.view(-1), "sum", size, _name(group))
+    return _C10D.wait_tensor(total).view(parts.shape[1:])
 
 
 def _own(x: Tensor, group: dist.ProcessGroup | None, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from transnormer.parallel.segment_wave import apply_segments
 from transnormer.parallel.sequence import apply_sequence_parallel
 from transnormer.parallel.shares import Share, fill_all, share_of, states_like
 from transnormer.parallel.staged import StagedShares, from_first
-from transnormer.parallel.state_dict import clip, gather_whole, total_norm
+from transnormer.parallel.state_dict import gather_whole, total_norm
 from transnormer.parallel.state_exchange import Chain, Exchange
 from transnormer.parallel.tensor import apply_tensor_parallel
 from transnormer.parallel.tensor_layers import Fused
@@ -153,13 +153,25 @@ class Layout(OneModel):
         assert isinstance(group, dist.ProcessGroup)
         return group
 
+    @property
+    def whole_graphs(self) -> bool:
+        """Whether nothing but sums of shared layers passes between ranks in the middle of a block.
+
+        States of parts of a sequence do, and parameters of norms and angles, which FSDP gathers on
+        their own.
+        """
+        return self._fsdp_mesh() is None
+
     def _fsdp_mesh(self) -> DeviceMesh | None:
         """The ranks whose gradients are summed: shares of one copy, and of all copies.
 
-        None where a rank holds a copy alone and sums with nobody.
+        None where a rank sums with nobody: FSDP would copy every parameter and gradient all the
+        same.
         """
         held = self._meshes.parameters
-        return held["dp_replicate", "fsdp"] if self._axes.dp_replicate > 1 else held["fsdp"]
+        if self._axes.dp_replicate > 1:
+            return held["dp_replicate", "fsdp"]
+        return held["fsdp"] if held["fsdp"].size() > 1 else None
 
     def total(self, values: Tensor) -> Tensor:
         """Return values, float64 [n] on any device, summed over the ranks with other batches."""
@@ -185,10 +197,6 @@ class Layout(OneModel):
     def total_norm(self, model: nn.Module) -> Tensor:
         """Norm of the gradient of the whole model, the same plain tensor on every rank."""
         return total_norm(model.parameters())
-
-    def clip(self, model: nn.Module, most: float, norm: Tensor) -> None:
-        """Scale the gradients down so that their norm, which is ``norm``, is at most ``most``."""
-        clip(model.parameters(), most, norm)
 
     def whole(
         self, model: nn.Module, optimizer: Optimizer

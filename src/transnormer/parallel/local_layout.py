@@ -3,10 +3,10 @@
 import shutil
 import statistics
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,23 @@ from torch.distributed.tensor import DTensor
 from transnormer.models.random_state import random_state, set_random_state
 from transnormer.optim import Optimizer, WholeMatrices
 from transnormer.parallel.co2 import OuterSync, automatic_tau
+from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.layout import Layout
 from transnormer.parallel.mesh import Axes
 from transnormer.parallel.outer_config import OuterReport, OuterTable
 from transnormer.parallel.parallel_config import ParallelConfig
+from transnormer.parallel.staged import StagedShares
 from transnormer.parallel.whole_matrices import MatricesOnRanks
 
 COPIES = "copies"
 # Updates before tau is found from their times, of which the last half counts: the first ones
 # compile and allocate.
 _MEASURED = 12
+# Rounds beside an all-reduce before tau is corrected by what they cost: no single delay decides.
+_CORRECTED = 3
+# Thread blocks, one a multiprocessor, of an all-reduce that has a whole round to itself: those that it
+# holds are missing to the products beside it, which count on all.
+_BLOCKS = 4
 
 
 def build_layout(
@@ -110,15 +117,21 @@ class LocalLayout(Layout):
         self._copy = dist.get_rank() // ranks
         # Groups of their own: what waits in one of the mesh's would wait for the outer all-reduce.
         starts = range(0, axes.ranks, ranks)
-        self._workers = _own_group([[start + i for start in starts] for i in range(ranks)])
+        workers = [[start + i for start in starts] for i in range(ranks)]
+        self._workers = _own_group(workers, _options(device, late=table.config(1).delayed))
         self._shards = _own_group([list(range(start, start + ranks)) for start in starts])
         self._outer: OuterSync | None = None
-        self._times: deque[float] = deque(maxlen=_MEASURED // 2)
+        # Of updates, alone and then beside an all-reduce, and of outer steps, until tau is settled.
+        self._times: list[float] = []
+        self._steps: list[float] = []
+        # Seconds of an all-reduce and of an update alone, once they are known.
+        self._alone: tuple[float, float] | None = None
         self._last = 0.0
         self._note: str | None = None
 
     def _fsdp_mesh(self) -> DeviceMesh | None:
-        return None if self._shards is None else self._meshes.parameters["fsdp"]
+        mesh = self._meshes.parameters["fsdp"]
+        return mesh if mesh.size() > 1 else None
 
     def matrices(self) -> WholeMatrices | None:
         """How the ranks of this copy work on whole matrices; None where one rank is the copy."""
@@ -155,27 +168,60 @@ class LocalLayout(Layout):
         """Count an update of rate lr; at the end of a round make the outer step."""
         outer = self._outer
         assert outer is not None
-        now = time.perf_counter()
-        self._times.append(now - self._last)
-        if self._table.tau == "auto" and outer.round == 0 and outer.updates == _MEASURED - 1:
+        measures = self._table.tau == "auto" and outer.round <= _CORRECTED
+        if measures:
+            self._times.append(time.perf_counter() - self._last)
+        if measures and outer.round == 0 and outer.updates == _MEASURED - 1:
             self._find_tau(outer)
-            now = time.perf_counter()
-        self._last = now
         _reshard(model)
-        report = outer.after_update(lr)
+        ends = outer.updates == outer.tau - 1
+        if measures and outer.round and ends and self._alone is not None:
+            report = self._timed_step(outer, lr, *self._alone)
+        else:
+            report = outer.after_update(lr)
         if report is not None:
             report, self._note = report._replace(note=self._note), None
+            if report.round == 1:
+                self._times.clear()
+        self._last = time.perf_counter()
         return report
 
     def _find_tau(self, outer: OuterSync) -> None:
-        update = statistics.median(self._times)
+        """Let a round hide an all-reduce."""
+        update = statistics.median(self._times[-(_MEASURED // 2) :])
         reduce = outer.all_reduce_seconds()
+        self._alone = reduce, update
         # The slowest link and the fastest copy decide.
-        outer.tau = self.highest(automatic_tau(reduce, update))
+        outer.tau = self.highest(automatic_tau(reduce, update, 0.0))
         self._note = (
             f"parallel.outer.tau is {outer.tau}: an all-reduce took {1e3 * reduce:.3g} ms here, an "
             f"update {1e3 * update:.3g} ms"
         )
+
+    def _timed_step(
+        self, outer: OuterSync, lr: float, reduce: float, update: float
+    ) -> OuterReport | None:
+        """An outer step with the device waited for; behind the last of some, correct tau."""
+        exposed = outer.is_reducing
+        outer.drain()
+        outer.finish()
+        began = time.perf_counter()
+        report = outer.after_update(lr)
+        outer.finish()
+        self._steps.append(time.perf_counter() - began)
+        if outer.round > _CORRECTED:
+            step, beside = statistics.median(self._steps), statistics.median(self._times)
+            tau, cost = outer.tau, step + outer.tau * max(0.0, beside - update)
+            if exposed:
+                # Beside updates it takes longer than alone.
+                reduce = max(reduce, tau * beside)
+            outer.tau = self.highest(max(tau, automatic_tau(reduce, update, cost)))
+            if outer.tau > tau:
+                self._note = (
+                    f"parallel.outer.tau is {outer.tau} from here on: beside its updates a round "
+                    f"costs {1e3 * cost:.3g} ms here, {1e3 * step:.3g} ms of it the outer step"
+                )
+        return report and report._replace(exposed=exposed)
 
     @contextmanager
     def agreed(self, model: nn.Module) -> Iterator[None]:
@@ -190,6 +236,17 @@ class LocalLayout(Layout):
         finally:
             # What a forward pass gathered of the mean.
             _reshard(model)
+            # An evaluation or a checkpoint is no part of an update.
+            self._last = time.perf_counter()
+
+    def stage(
+        self, model: nn.Module, optimizer: Optimizer, copies: HostCopies | None
+    ) -> StagedShares:
+        """As ``Layout.stage``; of parameters that may go back at once to what they were."""
+        staged = super().stage(model, optimizer, copies)
+        if copies is not None:
+            copies.hold()
+        return staged
 
     def whole(
         self, model: nn.Module, optimizer: Optimizer
@@ -267,11 +324,20 @@ class LocalLayout(Layout):
         return None
 
 
-def _own_group(lists: list[list[int]]) -> dist.ProcessGroup | None:
+def _own_group(lists: list[list[int]], options: Any = None) -> dist.ProcessGroup | None:
     """Of the lists of ranks a group each; this rank's, None where it is alone."""
-    group, _ = dist.new_subgroups_by_enumeration(lists)
+    group, _ = dist.new_subgroups_by_enumeration(lists, pg_options=options)
     assert isinstance(group, dist.ProcessGroup)
     return group if len(lists[0]) > 1 else None
+
+
+def _options(device: torch.device, *, late: bool) -> Any:
+    """Of a group for outer steps: late ones over NCCL take few multiprocessors."""
+    if device.type != "cuda" or not late:
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = _BLOCKS
+    return options
 
 
 def _file(rank: int) -> str:

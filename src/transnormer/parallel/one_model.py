@@ -12,6 +12,11 @@ from transnormer.parallel.outer_config import OuterReport
 class OneModel:
     """The part of a ``GradSync`` that copies with updates of their own would answer otherwise."""
 
+    @property
+    def whole_graphs(self) -> bool:
+        """Whether a block compiles into one graph: nothing within it is left to the host."""
+        return True
+
     def summed(self, values: Tensor, total: Tensor) -> Tensor:
         """Return values, float64 [n], summed over the processes whose gradients are summed.
 

@@ -67,7 +67,9 @@ class OuterTable(Config):
         method: whose settings hold where the keys below do not replace them, see
             ``OuterConfig.of``.
         tau: updates of a round. "auto", for the two methods that do not wait, is as many as hide
-            one all-reduce with a fifth to spare: measured in the first updates, told, and kept.
+            one all-reduce with a fifth to spare, and as many more as let what else a round costs be
+            at most 3 % of it, see ``automatic_tau``: measured in the first updates and in the
+            three rounds behind them, told, and kept.
         lr, momentum, penalty, penalty_value: of ``OuterConfig``.
         clip: the same; 0 never clips.
     """

@@ -35,6 +35,7 @@ from transnormer.nn.state import LayerState, map_tensors, tensors_of
 from transnormer.parallel.fsdp import hold_whole, share_out
 from transnormer.parallel.relay import differentiable, plain
 from transnormer.parallel.state_exchange import Chain
+from transnormer.parallel.tensor_layers import mix_in
 
 
 class _Turn(NamedTuple):
@@ -379,15 +380,10 @@ def apply_segments(
     wave.depth = len(blocks)
     for layer, block in enumerate(blocks):
         # Classes, not wrappers: names, copies and compiled calls stay as they are.
-        _mix_in(block, WaveBlock)
+        mix_in(block, WaveBlock)
         assert isinstance(block, WaveBlock)
         block.wave, block.layer = wave, layer
-    _mix_in(model, SegmentedDecoder)
+    mix_in(model, SegmentedDecoder)
     assert isinstance(model, SegmentedDecoder)
     model.wave = wave
     return model
-
-
-def _mix_in(module: torch.nn.Module, mixin: type) -> None:
-    own = type(module)
-    module.__class__ = type(mixin.__name__, (mixin, own), {})

@@ -206,7 +206,7 @@ def _apply(block: Block, axis: SequenceAxis) -> None:
         mixer.core = part
     else:
         assert isinstance(core, LinearAttentionCore)
-        part, outside = SequenceLinearCore(core, axis), ("in_parts",)
+        part, outside = SequenceLinearCore(core, axis), ("in_parts", "joint_in_parts")
         mixer.core = part
     if block._compiled_call_impl is not None:
         # Graphs hold no messages, nor how this rank's part of a batch was cut.

@@ -4,6 +4,7 @@ It replaces the parameter-free core of the mixers. While no part is set it is th
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from transnormer.nn.core import LinearAttentionCore, bidirectional, without_pads
 from transnormer.ops import linear_attention
 from transnormer.ops.checks import accumulation_dtype, autocast_dtype, no_autocast
+from transnormer.ops.joint_attention import joint_attention
+from transnormer.ops.joint_attention.in_parts import joint_attention_in_parts, runs_in_parts
 from transnormer.parallel.sequence_part import SequenceAxis, SequencePart
-from transnormer.parallel.state_exchange import Entering
+from transnormer.parallel.state_exchange import Entering, start
 
 
 class SequenceLinearCore(LinearAttentionCore):
@@ -51,6 +54,58 @@ class SequenceLinearCore(LinearAttentionCore):
         """
         run = super().forward if self.axis.part is None else self.in_parts
         return run(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, mask=mask)
+
+    def joint(
+        self,
+        projected: Tensor,
+        log_decay: Tensor | None,
+        *,
+        head_dim: int,
+        eps: float,
+        cu_seqlens: Tensor | None,
+        implementation: str,
+    ) -> Tensor | None:
+        """As ``LinearAttentionCore.joint``, on this rank's part.
+
+        What decides is the same on all ranks, since their messages are others on either way: no
+        lengths of parts, nor where documents begin.
+        """
+        how: dict[str, Any] = {"head_dim": head_dim, "implementation": implementation}
+        if self.axis.part is None:
+            return joint_attention(projected, log_decay, eps=eps, cu_seqlens=cu_seqlens, **how)
+        if cu_seqlens is not None or self.axis.overlap:
+            return None
+        if not runs_in_parts(projected, log_decay, **how):
+            return None
+        return self.joint_in_parts(projected, log_decay, eps=eps, **how)
+
+    def joint_in_parts(
+        self,
+        projected: Tensor,
+        log_decay: Tensor | None,
+        *,
+        head_dim: int,
+        eps: float,
+        implementation: str,
+    ) -> Tensor:
+        """``joint`` where a part of one sequence a row is set and the kernels can run it.
+
+        The messages are those of ``forward``.
+        """
+        part = self.axis.part
+        assert part is not None
+        q = projected.unflatten(-1, (-1, head_dim))[:, :, : projected.shape[-1] // (4 * head_dim)]
+        total = _total(log_decay, q)
+        near = self._near_heads(log_decay, total.dtype, part)
+
+        def exchange(*, reverse: bool) -> Callable[[Tensor], Tensor]:
+            chain = self.axis.chain
+            return lambda state: start(chain, state, total, near, reverse=reverse)()
+
+        return joint_attention_in_parts(
+            projected, log_decay, head_dim=head_dim, eps=eps, ahead=exchange(reverse=False),
+            back=exchange(reverse=True), implementation=implementation,
+        )  # fmt: skip
 
     def in_parts(
         self,

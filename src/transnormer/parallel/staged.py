@@ -36,11 +36,19 @@ class StagedShares:
         self._model, self._group, self._copies = model, group, copies
         self._shares = dict(shares)
         if copies is not None:
+            taken = copies.take(
+                {
+                    f"{stem}/{name}/{i}": piece.values
+                    for stem, named in shares.items()
+                    for name, share in named.items()
+                    for i, piece in enumerate(share.pieces)
+                }
+            )
             for stem, named in shares.items():
                 self._shares[stem] = {
                     name: share._replace(
                         pieces=[
-                            piece._replace(values=copies.take(f"{stem}/{name}/{i}", piece.values))
+                            piece._replace(values=taken[f"{stem}/{name}/{i}"])
                             for i, piece in enumerate(share.pieces)
                         ]
                     )

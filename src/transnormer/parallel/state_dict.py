@@ -68,13 +68,5 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
     return total.sqrt()
 
 
-def clip(parameters: Iterable[Tensor], most: float, norm: Tensor) -> None:
-    """Scale gradients, whose norm is given, down to a norm of at most ``most``, as torch does."""
-    factor = (most / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            _local(parameter.grad).mul_(factor)
-
-
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x

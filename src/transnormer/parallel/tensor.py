@@ -16,10 +16,12 @@ from transnormer.parallel.tensor_layers import (
     OnRanks,
     PlaceChannels,
     RowLinear,
+    SharesEnter,
     TensorAxis,
     VocabEmbedding,
     VocabHead,
     local,
+    mix_in,
     share,
     share_norm,
 )
@@ -62,10 +64,9 @@ def apply_tensor_parallel(
     """Share the heads and channels of a model's layers among ranks; changes the model.
 
     Projections into heads and channels are cut by outputs, those out of them by inputs: two sums
-    forward and two backward a block (Shoeybi et al. 2019, arXiv:1909.08053). RMS norms over the
-    merged heads are exact without a sum of their own, see ``DeferredNorm``; layer norms have two,
-    of a number a token. Embedding and head are cut by rows. ``tensor_rules`` has what is cut of
-    each kind of mixer.
+    forward and two backward a block (Shoeybi et al. 2019, arXiv:1909.08053). A norm over the merged
+    heads has one more each way, of a number a token, and a layer norm two, see ``SharedNorm``.
+    Embedding and head are cut by rows. ``tensor_rules`` has what is cut of each kind of mixer.
 
     Args:
         model: the same values on every rank.
@@ -98,6 +99,7 @@ def apply_tensor_parallel(
         share(module, axis, OF_UNITS.get(type(module), {}))
     for block in blocks:
         _share_block(block, axis)
+        mix_in(block, SharesEnter)
     if cut_residual:
         for block in blocks:
             share(block, axis, {}, kind=_CutBlock)
@@ -106,7 +108,7 @@ def apply_tensor_parallel(
     parts.embedding = VocabEmbedding(model.embedding, mesh)
     if not model.config.tie_embeddings:
         parts.lm_head = VocabHead(model.lm_head, mesh)
-    model.__class__ = type("TensorParallelDecoder", (TensorParallelDecoder, type(model)), {})
+    mix_in(model, TensorParallelDecoder)
     assert isinstance(model, TensorParallelDecoder)
     model.tensor_mesh = mesh
     model.fused = {
@@ -179,11 +181,12 @@ def _share_mixer(mixer: nn.Module, rule: Rule, axis: TensorAxis, kind: type[OnRa
         if path in sizes or path in rule.columns:
             dims = {"weight": 0, "bias": 0}
         share(module, axis, dims, fused=fused)
-    deferred = () if norm is None else share_norm(norm, axis, rule.parts)
+    if norm is not None:
+        share_norm(norm, axis, rule.parts)
     if isinstance(out, nn.Linear):
         channels = (out.in_features // rule.parts,) * rule.parts
         fused = Fused(channels, axis.ranks, 1) if rule.parts > 1 else None
-        share(out, axis, {"weight": 1}, kind=RowLinear, fused=fused).deferred = deferred
+        share(out, axis, {"weight": 1}, kind=RowLinear, fused=fused)
     elif out is not None:
         share(out, axis, {}, kind=PlaceChannels)
     for path in rule.units.values():

@@ -5,6 +5,7 @@ this rank's share (Shoeybi et al. 2019, arXiv:1909.08053, section 3). Layers cha
 not their names. Between what enters a mixer and what leaves it, gradients are this rank's share.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -114,32 +115,44 @@ class OnRanks(nn.Module):
 
     A parameter that was cut is read as this rank's share of it. One that was not is the same on all
     ranks, and its gradient is summed over them. ``share`` makes a module one of these.
+
+    Attributes:
+        axis: the ranks.
+        cut_buffers: dims of buffers that are read by shares.
+        fused: how entries of cut parameters lie, where they are of several parts.
+        entered: shares that were taken before a graph was entered, see ``SharesEnter``.
     """
 
     axis: TensorAxis
     cut_buffers: dict[str, int]
     fused: dict[str, Fused]
+    entered: dict[str, Tensor]
 
     def __getattr__(self, name: str) -> Any:
         x = super().__getattr__(name)
         if not isinstance(x, Tensor):
             return x
         axis: TensorAxis = self.axis
-        if isinstance(x, DTensor):
+        own = self.entered.get(name)
+        if own is None and isinstance(x, DTensor):
             if x.device_mesh != axis.mesh:
                 # Shared further, by FSDP: nobody computes with it now.
                 return x
-            fused = self.fused.get(name)
             own = x.to_local()
-            if fused is None or not fused.whole_last:
-                return own
-            last = fused.sizes[-1] // fused.ranks
-            own, part = own.split([own.shape[0] - last, last])
-            return torch.cat([own, Gather.apply(part, axis.group, 0)])
+        if own is not None:
+            return self._with_last(own, self.fused.get(name))
         if isinstance(x, nn.Parameter):
             return Copy.apply(x, axis.group)
         dim = self.cut_buffers.get(name)
         return x if dim is None else x.chunk(axis.ranks, dim)[axis.rank]
+
+    def _with_last(self, own: Tensor, fused: Fused | None) -> Tensor:
+        """A share, with all of the last part where every rank needs it."""
+        if fused is None or not fused.whole_last:
+            return own
+        last = fused.sizes[-1] // fused.ranks
+        own, part = own.split([own.shape[0] - last, last])
+        return torch.cat([own, Gather.apply(part, self.axis.group, 0)])
 
 
 def share(
@@ -162,7 +175,7 @@ def share(
     changed: Any = module
     if kind is OnRanks and not dims and not list(module.parameters(recurse=False)):
         return changed
-    changed.axis, changed.cut_buffers, changed.fused = axis, {}, {}
+    changed.axis, changed.cut_buffers, changed.fused, changed.entered = axis, {}, {}, {}
     for name, x in list(module.named_parameters(recurse=False)):
         if name in dims and x.shape[dims[name]] > 1:
             whole = x.detach() if fused is None else fused.by_rank(x.detach())
@@ -173,29 +186,51 @@ def share(
     for name, x in module.named_buffers(recurse=False):
         if name in dims and x.shape[dims[name]] > 1:
             changed.cut_buffers[name] = dims[name]
-    # A class, not a wrapper: names stay as they are.
-    changed.__class__ = type(f"{kind.__name__}{type(module).__name__}", (kind, type(module)), {})
+    mix_in(changed, kind)
     return changed
 
 
-class RowLinear(OnRanks):
-    """A projection whose inputs are shared among ranks; the outputs are summed.
+def mix_in(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Put a class in front of a module's own."""
+    # A class, not a wrapper: names stay as they are.
+    module.__class__ = _mixed(kind, type(module))
 
-    ``deferred`` is a ``DeferredNorm`` in front of it: its mean square rides along as one more channel
-    of the sum, and the division follows it. It is in a tuple, since it is a part of the mixer.
+
+@cache
+def _mixed(kind: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    # One for all modules of a class: each class has compiled graphs of its own.
+    return type(f"{kind.__name__}{own.__name__}", (kind, own), {})
+
+
+class SharesEnter(nn.Module):
+    """A block whose graphs, compiled, are given this rank's shares and not the tensors cut.
+
+    Taken before the graph is entered: to one they are weights like any other, and it is the same for
+    all blocks of a kind. Where FSDP gathers them behind the call, the graph takes them.
     """
 
-    deferred: "tuple[DeferredNorm, ...]" = ()
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """As the block's."""
+        if self._compiled_call_impl is None:
+            return super().__call__(*args, **inputs)
+        modules = [module for module in self.modules() if isinstance(module, OnRanks)]
+        try:
+            for module in modules:
+                for name, x in module._parameters.items():
+                    if isinstance(x, DTensor) and x.device_mesh == module.axis.mesh:
+                        module.entered[name] = x.to_local()
+            return super().__call__(*args, **inputs)
+        finally:
+            for module in modules:
+                module.entered.clear()
+
+
+class RowLinear(OnRanks):
+    """A projection whose inputs are shared among ranks; the outputs are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, this rank's inputs] -> [batch, seq, out]."""
-        y = F.linear(x, self.weight)
-        for norm in self.deferred:
-            both = torch.cat([y, norm.take_square().to(y.dtype)], -1)
-            summed, square = self.axis.leave(both).split([y.shape[-1], 1], -1)
-            y = (summed * norm.scale(square)).to(y.dtype)
-        if not self.deferred:
-            y = self.axis.leave(y)
+        y = self.axis.leave(F.linear(x, self.weight))
         bias = self._parameters["bias"]
         return y if bias is None else y + self.axis.outside(bias).to(y.dtype)
 
@@ -208,59 +243,39 @@ class PlaceChannels(OnRanks):
         return self.axis.place(x)
 
 
-class DeferredNorm(OnRanks):
-    """An RMS norm over channels that are shared among ranks, without a collective of its own.
+class SharedNorm(OnRanks):
+    """A norm over channels that are shared among ranks: its means are summed over them.
 
-    (o / rms(o)) W = (o W) / rms(o): dividing a token by a number commutes with the projection
-    behind it, and with weights and gates. This weighs o and keeps this rank's share of its mean
-    square; ``RowLinear`` does the rest.
+    One number a token and mean, in the accumulation dtype: the mean of the squares, and before it
+    that of the channels for a layer norm. The backward pass sums their gradients.
     """
-
-    mean_square: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x times the weight, if there is one."""
-        wide = x.to(accumulation_dtype(x.dtype))
-        self.mean_square = wide.square().sum(-1, keepdim=True) / self.dim
-        weight = self.weight
-        return x if weight is None else (wide * weight.to(wide.dtype)).to(x.dtype)
-
-    def take_square(self) -> Tensor:
-        """This rank's share of the mean square, once."""
-        square, self.mean_square = self.mean_square, None
-        assert square is not None
-        # Kept, it would keep what it was made of: all of a block that was computed again.
-        return square
-
-    def scale(self, mean_square: Tensor) -> Tensor:
-        """What the norm multiplies by, of the mean square of all channels."""
-        config, square = self.config, mean_square.to(accumulation_dtype(mean_square.dtype))
-        if not config.eps_outside:
-            return (square + config.eps).rsqrt()
-        # The root has a gradient at 0 here, as in the norm.
-        root = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
-        return 1.0 / (root + config.eps)
-
-
-class SharedLayerNorm(OnRanks):
-    """A layer norm over channels that are shared among ranks: mean and variance are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``Norm.forward``, of this rank's channels."""
-        config, group = self.config, self.axis.group
+        config = self.config
         y = x.to(accumulation_dtype(x.dtype))
-        y = y - Total.apply(y.sum(-1, keepdim=True), group) / self.dim
-        square = Total.apply(y.square().sum(-1, keepdim=True), group) / self.dim
+        if config.kind == "layer":
+            y = y - self._mean(y)
+        square = self._mean(y.square())
         if config.eps_outside:
-            y = y / (square.clamp(min=torch.finfo(y.dtype).tiny).sqrt() + config.eps)
+            # The root has a gradient at 0 here, as in the norm.
+            root = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+            y = y / (root + config.eps)
         else:
             y = y * (square + config.eps).rsqrt()
-        y = y * self.weight.to(y.dtype) + self.bias.to(y.dtype)
+        weight, bias = self.weight, self.bias
+        if weight is not None:
+            y = y * weight.to(y.dtype)
+        if bias is not None:
+            y = y + bias.to(y.dtype)
         return y.to(x.dtype)
 
+    def _mean(self, y: Tensor) -> Tensor:
+        return Total.apply(y.sum(-1, keepdim=True), self.axis.group) / self.dim
 
-def share_norm(norm: Norm, axis: TensorAxis, parts: int) -> "tuple[DeferredNorm, ...]":
-    """Put a norm of merged heads on ranks; returns it if it is left to the projection behind it.
+
+def share_norm(norm: Norm, axis: TensorAxis, parts: int) -> None:
+    """Put a norm of merged heads on ranks.
 
     Args:
         norm: over all channels, in equal groups or one.
@@ -270,14 +285,13 @@ def share_norm(norm: Norm, axis: TensorAxis, parts: int) -> "tuple[DeferredNorm,
     config = norm.config
     fused = Fused((norm.dim // parts,) * parts, axis.ranks) if parts > 1 else None
     dims = {} if config.kind == "scale" else {"weight": 0, "bias": 0}
-    if config.groups > 1:
-        changed = share(norm, axis, dims, fused=fused)
-        changed.config = config.model_copy(update={"groups": config.groups // axis.ranks})
-        changed.dim = norm.dim // axis.ranks
-        return ()
-    layer = config.kind == "layer"
-    changed = share(norm, axis, dims, kind=SharedLayerNorm if layer else DeferredNorm, fused=fused)
-    return () if layer else (changed,)
+    if config.groups == 1:
+        share(norm, axis, dims, kind=SharedNorm, fused=fused)
+        return
+    changed = share(norm, axis, dims, fused=fused)
+    # Groups are whole on a rank.
+    changed.config = config.model_copy(update={"groups": config.groups // axis.ranks})
+    changed.dim = norm.dim // axis.ranks
 
 
 class VocabEmbedding(nn.Module):

@@ -70,10 +70,9 @@ def set_up(
     use_float8(model, config.train.float8, device)
     set_checkpointing(model, config.train.checkpointing)
     if config.train.compile:
-        # Between processes messages pass in the middle of a block: states of parts of a sequence, sums,
-        # and parameters of norms and angles, which are gathered on their own.
-        alone = sync.devices == 1
-        compile_blocks(model, activation_memory=config.train.activation_memory, whole=alone)
+        compile_blocks(
+            model, activation_memory=config.train.activation_memory, whole=sync.whole_graphs
+        )
     model = sync.wrap(model, values)
     rates = {name: scale.lr for name, scale in scales.items()}
     backend = "inductor" if config.train.compile else None

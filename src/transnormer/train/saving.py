@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from transnormer.train.sync import GradSync
@@ -15,11 +16,20 @@ class Saver:
     before a signal ends it.
     """
 
-    def __init__(self, sync: GradSync) -> None:
-        """Nothing is under way."""
-        self._sync = sync
+    def __init__(self, sync: GradSync, tell: Callable[[str], None]) -> None:
+        """Nothing is under way.
+
+        Args:
+            sync: of the run.
+            tell: is told once where checkpoints follow each other faster than they are written.
+        """
+        self._sync, self._tell = sync, tell
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._polled: float | None = None
+        # Seconds from one step to the next, the shortest so far.
+        self._step = float("inf")
+        self._told = False
 
     def start(self, write: Callable[[], object]) -> None:
         """Begin a writing; the one before must have been drained."""
@@ -36,10 +46,31 @@ class Saver:
         self._thread.start()
 
     def poll(self) -> None:
-        """Raise on all processes the error of a writing that has ended on all of them."""
+        """Between two steps: raise on all processes the error of a writing that all have ended."""
+        now = time.perf_counter()
+        if self._polled is not None:
+            self._step = min(self._step, now - self._polled)
+        self._polled = now
         thread = self._thread
         if thread is not None and not self._sync.highest(thread.is_alive()):
             self.drain()
+
+    def make_room(self, step: int, every: int) -> None:
+        """``drain`` before the next writing; tell where that took longer than a step.
+
+        Args:
+            step: that was made last.
+            every: steps between two checkpoints; 0 is only at the end, which may wait.
+        """
+        began = time.perf_counter()
+        self.drain()
+        waited = time.perf_counter() - began
+        if every and step % every == 0 and waited > self._step and not self._told:
+            self._told = True
+            self._tell(
+                f"step {step}: training waited {waited:.3g} s for the checkpoint before to be written, "
+                f"a step takes {self._step:.3g} s; raise train.save_every, or write to a faster disk"
+            )
 
     def drain(self) -> None:
         """Wait for the writing under way, and raise its error."""

@@ -33,8 +33,11 @@ class StagedModel:
         self._copies = copies
         self._model, self._states = model, optimizer.state_tensors()
         if copies is not None:
-            self._model = _copied(model, copies)
-            self._states = {n: copies.take(f"{OPTIMIZER}/{n}", x) for n, x in self._states.items()}
+            named = [*model.named_parameters(), *model.named_buffers()]
+            states = {f"{OPTIMIZER}/{name}": x for name, x in self._states.items()}
+            taken = copies.take({f"model/{name}": x for name, x in named} | states)
+            self._model = _around(model, {id(x): taken[f"model/{name}"] for name, x in named})
+            self._states = {name: taken[f"{OPTIMIZER}/{name}"] for name in self._states}
 
     def write(self, folder: Path, *, tokenizer_fingerprint: str | None) -> None:
         """Write weights, config.json and the optimizer's state into a directory that exists.
@@ -53,16 +56,11 @@ class StagedModel:
         return make()
 
 
-def _copied(model: checkpoint.AnyModel, copies: HostCopies) -> checkpoint.AnyModel:
-    """The same modules around copies of all tensors."""
-    known: dict[int, object] = {}
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        taken: Tensor = copies.take(f"model/{name}", x)
-        known[id(x)] = (
-            nn.Parameter(taken, requires_grad=x.requires_grad)
-            if isinstance(x, nn.Parameter)
-            else taken
-        )
+def _around(model: checkpoint.AnyModel, copies: Mapping[int, Tensor]) -> checkpoint.AnyModel:
+    """The same modules around copies of all tensors, which are given by the tensors' ids."""
+    known: dict[int, object] = dict(copies)
+    for x in model.parameters():
+        known[id(x)] = nn.Parameter(copies[id(x)], requires_grad=x.requires_grad)
     return copy.deepcopy(model, known)
 
 

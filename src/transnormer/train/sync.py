@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from transnormer.models.checkpoint import AnyModel
 from transnormer.optim import Optimizer, WholeMatrices
@@ -53,6 +53,11 @@ class GradSync(Protocol):
     devices: int
     is_first: bool
 
+    @property
+    def whole_graphs(self) -> bool:
+        """Whether a block compiles into one graph; see OneModel."""
+        ...
+
     def wrap(self, model: ModelT, values: Iterable[Mapping[str, Tensor]] | None = None) -> ModelT:
         """Prepare the model, once, before its optimizer is built.
 
@@ -78,10 +83,6 @@ class GradSync(Protocol):
 
     def total_norm(self, model: AnyModel) -> Tensor:
         """Return the norm of the whole gradient, the same on every process."""
-        ...
-
-    def clip(self, model: AnyModel, most: float, norm: Tensor) -> None:
-        """Scale the gradient, whose norm is given, down to a norm of at most `most`."""
         ...
 
     def whole(
@@ -170,10 +171,6 @@ class OneProcess(OneModel):
     def total_norm(self, model: AnyModel) -> Tensor:
         """Return the norm of the gradient."""
         return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-
-    def clip(self, model: AnyModel, most: float, norm: Tensor) -> None:
-        """Scale the gradient down to a norm of at most `most`."""
-        clip_grads_with_norm_(model.parameters(), most, norm)
 
     def whole(self, model: AnyModel, optimizer: Optimizer) -> tuple[AnyModel, Mapping[str, Tensor]]:
         """Return what there is."""

@@ -134,14 +134,15 @@ class Trainer:
         # Parameters begin the same on all processes; dropout does not.
         if sync.process:
             torch.manual_seed(seed_of(train.seed, sync.process, 0))
+        self.copies = HostCopies() if train.save_async else None
         self.updater = Updater(
-            config, objective, self.model, self.optimizer, self.guard, sync, precision
+            config, objective, self.model, self.optimizer, self.guard, sync, precision, self.copies
         )
         self.token_share = token_share(config, self.model, device_peak(device), precision)
         profile = config.profile if sync.is_first else ProfileConfig()
         self.profiler = StepProfiler(profile, run_dir, device, progress.message)
         self.records: Records | NoRecords | None = None
-        self.saver, self.copies = Saver(sync), HostCopies() if train.save_async else None
+        self.saver = Saver(sync, progress.message)
 
     def start(self, *, resume: bool) -> None:
         """Restore the newest whole checkpoint, or begin at step 0; say which."""
@@ -216,6 +217,9 @@ class Trainer:
             while stopped_by is None:
                 self._update()
                 self.saver.poll()
+                if self.copies is not None and not self.copies.used:
+                    # Optimizers have states now: get the memory before a checkpoint waits for it.
+                    self.sync.stage(self.model, self.optimizer, self.copies)
                 step = self.counters.step
                 stopped_by = self._stopped_by(stop)
                 scheduled = bool(train.save_every) and step % train.save_every == 0
@@ -331,7 +335,7 @@ class Trainer:
 
     def _save(self, **keep: int) -> Path:
         """Write a checkpoint, beside the training where the run says so; return where."""
-        self.saver.drain()
+        self.saver.make_room(self.counters.step, self.config.train.save_every)
         if self.sync.devices > 1:
             # A checkpoint holds no snapshot of shares: the run goes on from one of its own step.
             self._snapshot()

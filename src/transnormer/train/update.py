@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from transnormer.models.checkpoint import AnyModel
-from transnormer.optim import Optimizer
+from transnormer.optim import Optimizer, clip_factor
+from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.outer_config import OuterReport
 from transnormer.train.backward import make_backward
 from transnormer.train.batches import Batches
@@ -55,7 +56,10 @@ class Updater:
         guard: Guard,
         sync: GradSync,
         precision: str,
+        copies: HostCopies | None = None,
     ) -> None:
+        """Prepare the updates of a run, whose checkpoints are written from the copies."""
+        self._copies = copies
         self._config, self._objective, self._sync = config, objective, sync
         self._model, self._optimizer, self._guard = model, optimizer, guard
         self._device = next(model.parameters()).device
@@ -98,11 +102,13 @@ class Updater:
         loss = total / max(labels, 1.0)
         spike = self._guard.judge(loss, grad_norm, done.step + 1)
         lr = config.optimizer.lr_at(done.step, config.train.steps)
+        if self._copies is not None:
+            # They are made beside the passes above, which read the parameters alone.
+            self._copies.hold()
         if spike is None:
-            if config.optimizer.clip:
-                sync.clip(self._model, config.optimizer.clip, norm)
+            most = config.optimizer.clip
             self._optimizer.set_lr(lr)
-            self._optimizer.step()
+            self._optimizer.step(clip_factor(most, norm) if most else None)
         self._optimizer.zero_grad()
         outer = None
         if spike is None:

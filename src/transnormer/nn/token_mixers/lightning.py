@@ -16,7 +16,6 @@ from transnormer.nn.state import zeros
 from transnormer.nn.token_mixers.base import TokenMixer, TokenMixerBase
 from transnormer.ops.checks import accumulation_dtype
 from transnormer.ops.decay import DecayRule, tnl_log_decay
-from transnormer.ops.joint_attention import joint_attention
 
 
 class LightningConfig(TokenMixerBase):
@@ -170,12 +169,12 @@ class Lightning(TokenMixer):
             and config.gate_position == "after_norm"
         )
 
-    def _is_joint(self, keep_state: bool, state: Any, mask: Tensor | None) -> bool:
-        """Whether one op can do all between the projections: the released layer, trained whole."""
+    def _may_be_joint(self, keep_state: bool, state: Any, mask: Tensor | None) -> bool:
+        """Whether one op could do all between the projections: the released layer, trained whole."""
         if keep_state or not self._is_released or state is not None or mask is not None:
             return False
-        # Whoever shares heads or tokens among ranks puts parts of its own there.
-        return type(self.core) is LinearAttentionCore and type(self.norm) is Norm
+        # Whoever shares heads among ranks puts a part of its own there.
+        return type(self.norm) is Norm
 
     def _gate(self, x: Tensor, fused: Tensor | None) -> Tensor | None:
         if self.config.gate == "none":
@@ -205,8 +204,8 @@ class Lightning(TokenMixer):
         if config.lrpe_axes > 1 and cu_seqlens is not None:
             raise NotImplementedError("cu_seqlens is given; expected None with several lrpe_axes")
         projected = self.qkvu_proj(x)
-        if self._is_joint(keep_state, state, mask):
-            y = joint_attention(
+        if self._may_be_joint(keep_state, state, mask):
+            y = self.core.joint(
                 projected,
                 self.log_decay(projected.dtype),
                 head_dim=self.head_dim,
@@ -214,7 +213,8 @@ class Lightning(TokenMixer):
                 cu_seqlens=cu_seqlens,
                 implementation="triton" if config.implementation == "triton" else "auto",
             )
-            return self.out_proj(y), None
+            if y is not None:
+                return self.out_proj(y), None
         # The local head count is inferred, so that a slice of the heads runs unchanged.
         parts = projected.chunk(4 if config.gate == "full" else 3, -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])

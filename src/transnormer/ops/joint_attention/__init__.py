@@ -77,7 +77,8 @@ class Request(NamedTuple):
     named: bool
 
 
-def _needs_triton(request: Request) -> Exception | None:
+def needs_triton(request: Request) -> Exception | None:
+    """Why the kernels cannot run a call; None where they can."""
     reason = why_not_named(request.device, request.named)
     if reason is not None:
         return RuntimeError(f"implementation 'triton': {reason}, or use 'auto' or 'torch'")
@@ -109,7 +110,7 @@ def _run_torch(joint, log_decay, cu_seqlens, head_dim, eps):
 
 # The first automatic row that does not refuse runs.
 IMPLEMENTATIONS = (
-    Implementation("triton", _needs_triton, _run_triton),
+    Implementation("triton", needs_triton, _run_triton),
     Implementation("torch", lambda _: None, _run_torch),
 )
 
@@ -148,6 +149,32 @@ def joint_attention(
         TypeError: dtypes, or what is no tensor.
         NotImplementedError, RuntimeError: the named implementation cannot run this call.
     """
+    joint = checked(joint, log_decay, cu_seqlens, head_dim)
+    request = request_of(joint, log_decay, head_dim=head_dim, implementation=implementation)
+    row: Any = choose("joint_attention", IMPLEMENTATIONS, request, implementation)
+    # Autocast has done its part.
+    with checks.no_autocast(joint.device.type):
+        return row.run(joint, log_decay, cu_seqlens, head_dim, eps)
+
+
+def request_of(
+    joint: Tensor, log_decay: Tensor | None, *, head_dim: int, implementation: str = "auto"
+) -> Request:
+    """The facts of a call; joint's dtype is that which autocast leaves."""
+    return Request(
+        device=joint.device,
+        dtype=checks.autocast_dtype(joint),
+        head_dim=head_dim,
+        width=joint.shape[-1] // 4,
+        trained_decay=log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled(),
+        named=implementation == "triton",
+    )
+
+
+def checked(
+    joint: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, head_dim: int
+) -> Tensor:
+    """joint in the dtype that autocast leaves; raises as ``joint_attention``."""
     checks.check_tensor("joint", joint)
     checks.check_tensor("log_decay", log_decay, optional=True)
     checks.check_tensor("cu_seqlens", cu_seqlens, optional=True)
@@ -169,16 +196,4 @@ def joint_attention(
         checks.check_log_decay_values(log_decay)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, joint.shape[0], joint.shape[1], joint.device)
-    trained = log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled()
-    request = Request(
-        device=joint.device,
-        dtype=joint.dtype,
-        head_dim=head_dim,
-        width=heads * head_dim,
-        trained_decay=trained,
-        named=implementation == "triton",
-    )
-    row: Any = choose("joint_attention", IMPLEMENTATIONS, request, implementation)
-    # Autocast has done its part.
-    with checks.no_autocast(joint.device.type):
-        return row.run(joint, log_decay, cu_seqlens, head_dim, eps)
+    return joint

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from transnormer.ops.linear_attention import triton_launch
+from transnormer.ops.linear_attention.constant_decay import Exchange
 from transnormer.ops.linear_attention.launch_config import block_of
 from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 
@@ -102,9 +103,17 @@ def _warps(width: int) -> int:
 
 
 def forward(
-    joint: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, head_dim: int, eps: float
+    joint: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    head_dim: int,
+    eps: float,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and o, [batch, seq, h], silu(q) and silu(k) beside each other, and states to keep."""
+    """y and o, [batch, seq, h], silu(q) and silu(k) beside each other, and states to keep.
+
+    ``exchange`` as ``triton_launch.forward_and_states`` has it, for a part of longer rows.
+    """
     h = joint.shape[-1] // 4
     with device_of(joint):
         rows = _rows(joint)
@@ -115,7 +124,7 @@ def forward(
         )  # fmt: skip
         q, k, v = _parts(active, joint, head_dim)
         o, _, states = triton_launch.forward_and_states(
-            q, k, v, log_decay, None, cu_seqlens, 1.0, False
+            q, k, v, log_decay, None, cu_seqlens, 1.0, False, exchange
         )
         if states is None or cu_seqlens is not None:
             # Documents have no bound on their number but the tokens': theirs are made again.
@@ -139,8 +148,12 @@ def backward(
     cu_seqlens: Tensor | None,
     head_dim: int,
     eps: float,
+    exchange: Exchange | None = None,
 ) -> Tensor:
-    """The gradient of the joint projection, [batch, seq, 4 h]."""
+    """The gradient of the joint projection, [batch, seq, 4 h].
+
+    ``exchange`` as ``triton_launch.backward`` has it.
+    """
     h = joint.shape[-1] // 4
     with device_of(joint):
         rows, grads, width = _rows(joint), _rows(grad), block_of(h, 1)
@@ -156,6 +169,7 @@ def backward(
         triton_launch.backward(
             d_o, None, q, k, v, log_decay, None, cu_seqlens, 1.0, False, False, False,
             into=_parts(d_joint, d_joint, head_dim), states=states if len(states) else None,
+            exchange=exchange,
         )  # fmt: skip
         launch(
             silu_backward_kernel, rows.shape[0] * -(-2 * h // _WIDTH), rows, d_joint,

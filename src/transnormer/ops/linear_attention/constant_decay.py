@@ -7,6 +7,7 @@ them: how many there are depends on the length, and a compiled graph would hold 
 Triton.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ from torch import Tensor
 from transnormer.ops.linear_attention import launch_config
 from transnormer.ops.linear_attention.attention_ops import define_attention
 from transnormer.ops.linear_attention.launch_config import Gpu
+
+# For tokens that are a part of longer rows: takes the state that they leave from zero, [sequences,
+# heads, key_dim, value_dim], and returns the one that enters before them, both in float32.
+Exchange = Callable[[Tensor], Tensor]
 
 
 class Plan(NamedTuple):
@@ -52,6 +57,18 @@ def plan(k: Tensor, heads: int, cu_seqlens: Tensor | None) -> Plan:
     pieces = launch_config.pieces_of(batch * heads, seq, segments, gpu)
     length = -(-seq // (segments * pieces * 64)) * pieces * 64
     return Plan(batch * segments, length, segments, True, pieces)
+
+
+def plan_with_sums(k: Tensor, heads: int) -> Plan:
+    """``plan`` of rows whose sums are wanted whatever their length: one segment has pieces too."""
+    found = plan(k, heads, None)
+    if found.carried:
+        return found
+    batch, seq = k.shape[:2]
+    # As the first of two: the only one that hands something on.
+    pieces = launch_config.pieces_of(batch * heads, seq, 2, gpu_of(k.device))
+    length = -(-seq // (pieces * 64)) * pieces * 64
+    return Plan(batch, length, 1, True, pieces)
 
 
 constant_decay_attention = define_attention("constant_decay_attention", "triton_launch")

@@ -260,13 +260,13 @@ def local_state_kernel(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, SHIFT: tl.constexpr, DECAY: tl.constexpr,
     PARTS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """What each unit adds to the state: sum of exp(g * distance) scale k_j v_j^T, [units, H, K, V].
 
     Only the last tokens count, as many as float32 can still see behind their decay; a piece that
     has none of them in its unit is left out. The unit at which the walk ends (its PIECES, see
-    carry_kernel) is left out too: no other one needs it. k and v
+    carry_kernel) is left out too, but with WHOLE: no other one needs it. k and v
     have H heads; the log_decay of head h is at h // G. With gates all tokens are read, and what
     decays a state on its way through the unit is written too, its log in decays [units, H].
     """
@@ -283,7 +283,7 @@ def local_state_kernel(
         ends = unit % SEGMENTS < PIECES
     else:
         ends = unit % SEGMENTS >= SEGMENTS - PIECES
-    if ends:
+    if ends and not WHOLE:
         return
     rows, dims = tl.arange(0, C), tl.arange(0, BD)
     values = (program % SLICES) * BE + tl.arange(0, BE)
@@ -352,13 +352,14 @@ def carry_kernel(
     added, entry, initial, log_decay, decays, first_unit, table,
     T, L, SEGMENTS, H, G, INITIAL_GROUP, PIECES: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, INITIAL: tl.constexpr,
-    DECAY: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, TOTAL: tl.constexpr,
 ):
     """From what pieces of units add to the states that enter the units, [units, H, K, V].
 
     ``added`` has PIECES pieces a unit, of L tokens each, since a sum over a short piece is soon
     done. A program has BLOCK entries of one sequence's and head's states. ``initial`` [sequences,
-    H / INITIAL_GROUP, K, V] enters at the first head of each group.
+    H / INITIAL_GROUP, K, V] enters at the first head of each group. TOTAL: not those, but the state
+    that leaves each sequence, [sequences, H, K, V]; then ``added`` has all units.
     """
     BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -390,7 +391,7 @@ def carry_kernel(
             j = count - 1 - i
         unit = begin + j
         at = (unit * PIECES + pieces) * H + head
-        wanted = (i < count - 1) & (pieces >= 0)
+        wanted = ((i < count - 1) | TOTAL) & (pieces >= 0)
         if DECAY == "gates":
             own = tl.load(decays + at, mask=wanted, other=0.0)
         else:
@@ -408,6 +409,9 @@ def carry_kernel(
             added + at[:, None] * (K * V) + entries[None, :],
             mask=inside[None, :] & wanted[:, None], other=0.0,
         )
-        tl.store(entry + (unit * H + head) * (K * V) + entries, carry, mask=inside)
+        if not TOTAL:
+            tl.store(entry + (unit * H + head) * (K * V) + entries, carry, mask=inside)
         kept, rest = split_decay(tl.sum(own, 0))
         carry = carry * kept + carry * rest + tl.sum(new * tl.exp(behind)[:, None], 0)
+    if TOTAL:
+        tl.store(entry + (sequence * H + head) * (K * V) + entries, carry, mask=inside)

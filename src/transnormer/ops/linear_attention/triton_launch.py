@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transnormer.ops.linear_attention import launch_config
-from transnormer.ops.linear_attention.constant_decay import gpu_of, plan
+from transnormer.ops.linear_attention.constant_decay import Exchange, gpu_of, plan, plan_with_sums
 from transnormer.ops.linear_attention.launch_config import Tiles
 from transnormer.ops.linear_attention.triton_constant import (
     backward_kernel,
@@ -44,13 +44,16 @@ class Call:
         scale: float,
         reverse: bool,
         backward: bool = False,
+        in_parts: bool = False,
     ) -> None:
         self.q, self.k, self.v, self.cu_seqlens = q, k, v, cu_seqlens
         self.scale, self.reverse, self.dtype = scale, reverse, q.dtype
         self.heads, self.kv_heads = q.shape[2], k.shape[2]
         self.groups = self.heads // self.kv_heads
         self.seq, self.key_dim, self.value_dim = k.shape[1], k.shape[3], v.shape[3]
-        self.plan, self.gpu = plan(k, self.heads, cu_seqlens), gpu_of(k.device)
+        self.gpu = gpu_of(k.device)
+        sums = plan_with_sums(k, self.heads) if in_parts else None
+        self.plan = sums or plan(k, self.heads, cu_seqlens)
         self.sequences, self.packed = k.shape[0], cu_seqlens is not None
         self.table = self.first_unit = None
         if cu_seqlens is not None:
@@ -121,22 +124,34 @@ class Call:
         shape = (chunks, self.heads, self.key_dim, self.value_dim)
         return torch.empty(shape, dtype=dtype, device=self.k.device)
 
-    def states(self, initial: Tensor | None) -> Tensor | None:
+    def states(self, initial: Tensor | None, exchange: Exchange | None = None) -> Tensor | None:
         """States that enter the units, [U, kv_heads, key_dim, value_dim]; None if nothing carries."""
         if not self.plan.carried:
             return None
-        return self._entering(self.k, self.v, initial, 1.0, against=False)
+        return self._entering(self.k, self.v, initial, exchange, 1.0, against=False)
 
-    def grad_states(self, do: Tensor, d_final: Tensor | None) -> Tensor | None:
+    def grad_states(
+        self, do: Tensor, d_final: Tensor | None, exchange: Exchange | None = None
+    ) -> Tensor | None:
         """Gradients of the states that leave the units, [U, heads, ...]; None if nothing carries."""
         if not self.plan.carried:
             return None
-        return self._entering(self.q, do, d_final, self.scale, against=True)
+        return self._entering(self.q, do, d_final, exchange, self.scale, against=True)
 
     def _entering(
-        self, k: Tensor, v: Tensor, initial: Tensor | None, scale: float, *, against: bool
+        self,
+        k: Tensor,
+        v: Tensor,
+        initial: Tensor | None,
+        exchange: Exchange | None,
+        scale: float,
+        *,
+        against: bool,
     ) -> Tensor:
-        """The scan over units; ``against`` the order of the call, with the sweeps' shift 1."""
+        """The scan over units; ``against`` the order of the call, with the sweeps' shift 1.
+
+        Without an exchange from ``initial``, with one from what it returns.
+        """
         heads, pieces = k.shape[2], self.plan.pieces
         groups, shape = heads // self.kv_heads, (heads, k.shape[3], v.shape[3])
         states = torch.empty(self.plan.units, *shape, dtype=torch.float32, device=k.device)
@@ -156,15 +171,23 @@ class Call:
             local_state_kernel, added.shape[0] * heads * -(-v.shape[3] // tiles.value_block),
             k, v, self.log_decay, added, decays, self.table, *k.stride()[:3], *v.stride()[:3], *cut,
             heads, groups, scale, PARTS=self.decay["PARTS"], C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
-            SHIFT=int(against), STAGES=tiles.stages, num_warps=tiles.warps, **forms,
-            **self.arithmetic,
+            SHIFT=int(against), STAGES=tiles.stages, num_warps=tiles.warps,
+            WHOLE=exchange is not None, **forms, **self.arithmetic,
         )  # fmt: skip
-        launch(
-            carry_kernel, self.sequences * heads * -(-k.shape[3] * v.shape[3] // CARRY_BLOCK),
-            added, states, initial, self.log_decay, decays, self.first_unit, self.table, *cut,
-            heads, groups, groups if against else 1, BLOCK=CARRY_BLOCK, INITIAL=initial is not None,
-            **forms,
-        )  # fmt: skip
+
+        def carry(into: Tensor, *, total: bool) -> None:
+            launch(
+                carry_kernel, self.sequences * heads * -(-k.shape[3] * v.shape[3] // CARRY_BLOCK),
+                added, into, initial, self.log_decay, decays, self.first_unit, self.table, *cut,
+                heads, groups, groups if against else 1, BLOCK=CARRY_BLOCK,
+                INITIAL=initial is not None, TOTAL=total, **forms,
+            )  # fmt: skip
+
+        if exchange is not None:
+            leaving = self.empty_states(heads)
+            carry(leaving, total=True)
+            initial = exchange(leaving).contiguous()
+        carry(states, total=False)
         return states
 
 
@@ -199,13 +222,19 @@ def forward_and_states(
     cu_seqlens: Tensor | None,
     scale: float,
     reverse: bool,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs, final states, and what ``Call.states`` made, which a backward pass can take."""
+    """Outputs, final states, and what ``Call.states`` made, which a backward pass can take.
+
+    ``exchange``: the tokens are a part of longer rows, and it finds the state that enters the part;
+    then there are no initial_state and no cu_seqlens.
+    """
     q, k, v = walkable(q), walkable(k), walkable(v)
     initial_state, cu_seqlens = block(initial_state), block(cu_seqlens)
     with device_of(q):
-        call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse)
-        states = call.states(initial_state)
+        in_parts = exchange is not None
+        call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse, in_parts=in_parts)
+        states = call.states(initial_state, exchange)
         entry, kind = entry_of(states, initial_state)
         o = q.new_empty(*q.shape[:3], call.value_dim)
         final = call.empty_states(call.kv_heads)
@@ -237,20 +266,27 @@ def backward(
     with_initial: bool,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
     states: Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and initial_state (the last two empty where not asked for).
 
     ``into``: where those of q, k and v are written, for as many kv heads as heads and equal dims:
     rows whose tokens lie one stride apart in all three and over the batch, heads side by side.
     ``states``: those of ``forward_and_states``; without, they are made again.
+    ``exchange``: the tokens are a part of longer rows. It takes the gradient that they alone give the
+    state that enters them, and returns that of the state that leaves them; then there is no d_final,
+    ``states`` are given, and there are as many kv heads as heads.
     """
     q, k, v, do = walkable(q), walkable(k), walkable(v), walkable(do)
     initial_state, cu_seqlens, d_final = block(initial_state), block(cu_seqlens), block(d_final)
     with device_of(q):
-        call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse, backward=True)
+        in_parts = exchange is not None
+        call = Call(
+            q, k, v, log_decay, cu_seqlens, scale, reverse, backward=True, in_parts=in_parts
+        )
         states = call.states(initial_state) if states is None else states
         entry = entry_of(states, initial_state)
-        grad_entry = entry_of(call.grad_states(do, d_final), d_final)
+        grad_entry = entry_of(call.grad_states(do, d_final, exchange), d_final)
         d_initial = q.new_empty(0, dtype=torch.float32)
         if with_initial:
             d_initial = call.empty_states(call.heads)
@@ -285,6 +321,8 @@ def _sweeps(
     rows, key_dim, value_dim = q.shape[:3], call.key_dim, call.value_dim
     dq, dk, dv = into or [q.new_empty(*rows, dim) for dim in (key_dim, key_dim, value_dim)]
     states = None if d_gates is None else call.empty_chunk_states()
+    # The stride along a dim of size 1 says nothing.
+    walk = 1 if call.seq > 1 else 0
     # One launch where the sweeps have the same shape; with gates, q's comes after k's.
     launches = ((0, 3),) if key_dim == value_dim else ((0, 2), (2, 1))
     if call.gated:
@@ -298,7 +336,7 @@ def _sweeps(
             q, k, v, do, call.log_decay, entry[0], grad_entry[0], dq, dk, dv, d_initial, d_gates,
             states, call.table,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-            (dv if first == 2 else dq).stride(1), *call.cut,
+            (dv if first == 2 else dq).stride(walk), *call.cut,
             call.heads, call.groups, call.scale, K=key_dim, V=value_dim, FIRST=first, COUNT=count,
             D=dims[0], E=dims[1], C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
             ENTRY=entry[1], GRAD_ENTRY=grad_entry[1], D_INITIAL=with_initial and first + count == 3,

@@ -1,0 +1,96 @@
+"""AdamW on a GPU whose step is one launch, with the gradient's clipping inside."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transnormer.ops.adamw import ManyTensors, Numbers
+from transnormer.optim.shares import own_share
+
+
+class OneLaunchAdamW(torch.optim.Optimizer):
+    """``torch.optim.AdamW`` of float32 parameters on one GPU, in one launch (``ops.adamw``).
+
+    torch's fused step is some twenty launches, which the host takes about 2 ms to prepare for the
+    tensors of a model of 24 layers while the device waits, behind another twenty that scale the
+    gradients. State has torch's names and dtypes; its counts of steps are on the CPU. Of parameters
+    that lie on several ranks each updates its share.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """As torch.optim.AdamW; betas and eps are those of all groups."""
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self._many: ManyTensors | None = None
+        self._counts: list[tuple[Tensor, int]] = []
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, factor: Tensor | None = None) -> None:  # pyrefly: ignore[bad-override]
+        """Update the parameters that have gradients.
+
+        Args:
+            closure: not called.
+            factor: float32 [], by which gradients are multiplied first; None is 1.
+        """
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        states = [self._state_of(parameter) for parameter, _ in pairs]
+        grads = [None if p.grad is None else own_share(p.grad) for p, _ in pairs]
+        counts = self._counts_of(states)
+        stepped = [count + (grad is not None) for count, grad in zip(counts, grads, strict=True)]
+        known: dict[tuple[int, int], Numbers] = {}
+        numbers = []
+        for (_, group), count in zip(pairs, stepped, strict=True):
+            key = (id(group), count)
+            if key not in known:
+                known[key] = _numbers(group, max(count, 1))
+            numbers.append(known[key])
+        tensors = [
+            (own_share(p), own_share(state["exp_avg"]), own_share(state["exp_avg_sq"]))
+            for (p, _), state in zip(pairs, states, strict=True)
+        ]
+        if self._many is None or not self._many.are(tensors):
+            self._many = ManyTensors(*map(list, zip(*tensors)))
+        group = self.param_groups[0]
+        self._many.step(grads, numbers, group["betas"], group["eps"], factor)
+        # Behind the launch: the device is at work.
+        moved = [
+            state["step"] for state, grad in zip(states, grads, strict=True) if grad is not None
+        ]
+        torch._foreach_add_(moved, 1.0)
+        self._counts = [(state["step"], n) for state, n in zip(states, stepped, strict=True)]
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter)
+        return state
+
+    def _counts_of(self, states: list[dict[str, Tensor]]) -> list[int]:
+        """Steps made of each parameter, without reading tensors that nobody has put there since."""
+        if len(self._counts) != len(states):
+            return [int(state["step"]) for state in states]
+        return [
+            count if state["step"] is known else int(state["step"])
+            for state, (known, count) in zip(states, self._counts, strict=True)
+        ]
+
+
+def _numbers(group: dict[str, Any], step: int) -> Numbers:
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    return Numbers(
+        keep=1 - lr * group["weight_decay"],
+        rate=lr / (1 - beta1**step),
+        correction=1 / (1 - beta2**step),
+    )
