@@ -34,8 +34,9 @@ Tell = Callable[..., None]
 _LONG = 1 << 21
 # Shares of the predicted longest row that are tried, until memory runs out.
 _TRIED = (0.5, 0.8, 1.0, 1.1, 1.2, 1.3)
-# The step behind which a checkpoint is written, and steps beside that at most.
-_SAVED_AT, _BESIDE = 16, 100
+# The step behind which a checkpoint is written, and steps beside that at most: fewer, so that the
+# next one is never due.
+_SAVED_AT, _BESIDE = 56, 55
 # Updates of an outer round's row at most, rounds until their length is settled, and those timed.
 _MOST_UPDATES, _UNSETTLED, _ROUNDS = 300, 4, 3
 

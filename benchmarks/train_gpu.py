@@ -142,8 +142,8 @@ MEMORY_GB = {"tnl@2048": 32.0, "tnl_memory_0.5@2048": 20.0, "tnl_memory_0.15@204
 FIRST_STEP_S = 90.0
 SHORT = ("benchmark", "verdicts")
 _ROW_S, _COMPILE_S = 150.0, 150.0
-# Processes that compile at once.
-_WORKERS = 8
+# Processes that compile at once, for each GPU.
+_WORKERS = 10
 
 
 def verdicts(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

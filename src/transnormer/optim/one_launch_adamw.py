@@ -1,6 +1,6 @@
 """AdamW on a GPU whose step is one launch, with the gradient's clipping inside."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,11 +42,18 @@ class OneLaunchAdamW(torch.optim.Optimizer):
             closure: not called.
             factor: float32 [], by which gradients are multiplied first; None is 1.
         """
+        self.prepare(factor)()
+
+    @torch.no_grad()
+    def prepare(self, factor: Tensor | None = None) -> Callable[[], None]:
+        """Return the step that the gradients of now make, a launch and no more for the host."""
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         states = [self._state_of(parameter) for parameter, _ in pairs]
         grads = [None if p.grad is None else own_share(p.grad) for p, _ in pairs]
-        counts = self._counts_of(states)
-        stepped = [count + (grad is not None) for count, grad in zip(counts, grads, strict=True)]
+        stepped = [
+            count + (grad is not None)
+            for count, grad in zip(self._counts_of(states), grads, strict=True)
+        ]
         known: dict[tuple[int, int], Numbers] = {}
         numbers = []
         for (_, group), count in zip(pairs, stepped, strict=True):
@@ -60,14 +67,18 @@ class OneLaunchAdamW(torch.optim.Optimizer):
         ]
         if self._many is None or not self._many.are(tensors):
             self._many = ManyTensors(*map(list, zip(*tensors)))
-        group = self.param_groups[0]
-        self._many.step(grads, numbers, group["betas"], group["eps"], factor)
-        # Behind the launch: the device is at work.
-        moved = [
-            state["step"] for state, grad in zip(states, grads, strict=True) if grad is not None
-        ]
-        torch._foreach_add_(moved, 1.0)
-        self._counts = [(state["step"], n) for state, n in zip(states, stepped, strict=True)]
+        first = self.param_groups[0]
+        launch = self._many.prepare(grads, numbers, first["betas"], first["eps"], factor)
+
+        def make() -> None:
+            launch()
+            # Behind the launch: the device is at work.
+            with torch.no_grad():
+                moved = [x["step"] for x, g in zip(states, grads, strict=True) if g is not None]
+                torch._foreach_add_(moved, 1.0)
+            self._counts = [(x["step"], n) for x, n in zip(states, stepped, strict=True)]
+
+        return make
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

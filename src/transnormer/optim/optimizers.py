@@ -1,6 +1,7 @@
 """Optimizers: AdamW with decoupled decay on matrices only, and Muon for the blocks' matrices."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -88,22 +89,31 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
-    def step(self, factor: Tensor | None = None) -> None:
-        """Update the parameters from their gradients.
+    def prepare(self, factor: Tensor | None = None) -> Callable[[], None]:
+        """Return what updates the parameters from the gradients that they have now.
+
+        What the host can do ahead it does here; nothing has changed until the result is called, and
+        nothing has where it is not.
 
         Args:
             factor: by which all gradients are multiplied first, [], see ``clip_factor``; None is 1.
         """
-        for part in self._parts:
-            if isinstance(part, RoundedAdamW | OneLaunchAdamW):
-                part.step(factor=factor)
-                continue
-            if factor is not None:
-                held = (p.grad for group in part.param_groups for p in group["params"])
-                grads = [own_share(grad) for grad in held if grad is not None]
-                if grads:
-                    torch._foreach_mul_(grads, factor)
-            part.step()
+        steps = [
+            part.prepare(factor)
+            if isinstance(part, OneLaunchAdamW)
+            else partial(_step, part, factor)
+            for part in self._parts
+        ]
+
+        def make() -> None:
+            for step in steps:
+                step()
+
+        return make
+
+    def step(self, factor: Tensor | None = None) -> None:
+        """Update the parameters from their gradients; see ``prepare``."""
+        self.prepare(factor)()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -164,6 +174,18 @@ class Optimizer:
                 f"optimizer state has {min(states)}; expected only parameters of this model; "
                 "use the checkpoint's own configuration"
             )
+
+
+def _step(part: torch.optim.Optimizer, factor: Tensor | None) -> None:
+    if isinstance(part, RoundedAdamW):
+        part.step(factor=factor)
+        return
+    if factor is not None:
+        held = (p.grad for group in part.param_groups for p in group["params"])
+        grads = [own_share(grad) for grad in held if grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+    part.step()
 
 
 def _fit(key: str, value: Tensor, parameter: Tensor, *, beside: bool) -> Tensor:

@@ -94,21 +94,22 @@ class Updater:
         sync.after_backward(self._model)
         norm = sync.total_norm(self._model)
         next_sample = done.next_sample + config.samples_per_step
+        lr = config.optimizer.lr_at(done.step, config.train.steps)
+        self._optimizer.set_lr(lr)
+        # Before the figures are waited for: the device is still at work on this step.
+        most = config.optimizer.clip
+        make_step = self._optimizer.prepare(clip_factor(most, norm) if most else None)
         if done.step + 1 < config.train.steps:
-            # Before the figures are waited for: the device is still at work on this step.
             self._batches.prepare(next_sample)
         overall = sync.overall_norm(norm).reshape(1).to(nats.dtype)
         total, grad_norm = torch.cat([sync.total(nats.reshape(1)), overall]).tolist()
         loss = total / max(labels, 1.0)
         spike = self._guard.judge(loss, grad_norm, done.step + 1)
-        lr = config.optimizer.lr_at(done.step, config.train.steps)
         if self._copies is not None:
             # They are made beside the passes above, which read the parameters alone.
             self._copies.hold()
         if spike is None:
-            most = config.optimizer.clip
-            self._optimizer.set_lr(lr)
-            self._optimizer.step(clip_factor(most, norm) if most else None)
+            make_step()
         self._optimizer.zero_grad()
         outer = None
         if spike is None:

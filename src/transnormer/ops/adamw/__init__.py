@@ -1,6 +1,6 @@
 """AdamW's step of many tensors in one launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,15 +67,15 @@ class ManyTensors:
         """Whether these (parameter, m, v) are the tensors taken, at the same places."""
         return [tuple(x.data_ptr() for x in three) for three in tensors] == self._fixed
 
-    def step(
+    def prepare(
         self,
         grads: Sequence[Tensor | None],
         numbers: Sequence[Numbers],
         betas: tuple[float, float],
         eps: float,
         factor: Tensor | None = None,
-    ) -> None:
-        """Make a step.
+    ) -> Callable[[], None]:
+        """Return what makes a step, once, before the next one is prepared.
 
         Args:
             grads: of the parameters; one that is None leaves its parameter and moments.
@@ -88,7 +88,7 @@ class ManyTensors:
         """
         from transnormer.ops.adamw import triton_adamw
 
-        # A copy must live until the launch.
+        # A copy lives until the launch, by the result.
         grads = [None if g is None else g.contiguous() for g in grads]
         for grad, (parameter, _, _) in zip(grads, self._tensors, strict=True):
             if grad is not None:
@@ -100,14 +100,13 @@ class ManyTensors:
                 for g, (p, m, v), tensors in zip(read, self._fixed, self._tensors, strict=True)
             ]
             self._table, self._read = self._sent(rows, torch.int64), read
-        triton_adamw.step(
-            self._table,
-            self._tiles,
-            self._sent(list(numbers), torch.float32),
-            self._one if factor is None else factor.to(self._device, torch.float32),
-            betas,
-            eps,
-        )
+        table, sent = self._table, self._sent(list(numbers), torch.float32)
+        scale = self._one if factor is None else factor.to(self._device, torch.float32)
+
+        def step(held: Sequence[Tensor | None] = grads) -> None:
+            triton_adamw.step(table, self._tiles, sent, scale, betas, eps)
+
+        return step
 
     def _sent(self, rows: list[Any], dtype: torch.dtype) -> Tensor:
         """A small table on the device, which nobody waits for."""
