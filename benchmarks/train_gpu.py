@@ -231,7 +231,7 @@ class Lanes:
                     now = self._next(gpu)
                     found = process.last_json(min(_ROW_S, left + 20))
                 with self._lock:
-                    done(name, found)
+                    done(name, found if gpu is None else found | {"gpu": gpu})
 
         with ThreadPoolExecutor(len(self._options.gpus or [None])) as pool:
             for ended in [pool.submit(lane, gpu) for gpu in self._options.gpus or [None]]:
@@ -250,7 +250,9 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 def one_row(row: Row, options: argparse.Namespace) -> None:
     """What a child does, once it is let go: the row as a line of JSON."""
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        # Whoever started it is gone.
+        return
     try:
         found = measure(
             row,

@@ -137,6 +137,11 @@ def test_what_kernels_cannot_run_is_said_before_and_refused() -> None:
         joint_attention_in_parts(
             joint, decay, head_dim=DIM, eps=1e-6, ahead=torch.zeros_like, back=torch.zeros_like
         )
+    with pytest.raises(ValueError, match="is 'torch'; expected 'auto', 'triton'"):
+        joint_attention_in_parts(
+            joint, decay, head_dim=DIM, eps=1e-6, ahead=torch.zeros_like, back=torch.zeros_like,
+            implementation="torch",
+        )  # fmt: skip
     # Shapes and dtypes alone are asked.
     there = joint.to("meta")
     assert runs_in_parts(there, None, head_dim=DIM)

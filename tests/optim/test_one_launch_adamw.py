@@ -1,5 +1,7 @@
 """AdamW in one launch: torch's AdamW behind a clipped gradient, its state, what it refuses."""
 
+import copy
+
 import pytest
 import torch
 from kernel_cases import needs_interpreter
@@ -90,6 +92,45 @@ def test_state_that_is_put_there_counts() -> None:
 
 
 @needs_interpreter
+def test_state_that_is_written_into_counts() -> None:
+    held = parameters()
+    ours = OneLaunchAdamW(groups(held), **RATES, weight_decay=0.0)
+    run(ours, held, None)
+    kept = copy.deepcopy([(x.detach(), ours.state[x]) for x in held])
+    run(ours, held, None)
+    found = [x.detach().clone() for x in held]
+    with torch.no_grad():
+        for x, (value, state) in zip(held, kept, strict=True):
+            x.copy_(value)
+            for name, y in state.items():
+                ours.state[x][name].copy_(y)
+    run(ours, held, None)
+    assert all(torch.equal(x, y) for x, y in zip(held, found, strict=True))
+
+
+@needs_interpreter
+def test_a_copy_steps_its_own_parameters() -> None:
+    held = parameters()
+    ours = OneLaunchAdamW(groups(held), **RATES, weight_decay=0.0)
+    run(ours, held, None)
+    other, twin = copy.deepcopy((ours, held))
+    before = [x.detach().clone() for x in held]
+    run(other, twin, None)
+    assert all(torch.equal(x, y) for x, y in zip(held, before, strict=True))
+    run(ours, held, None)
+    assert all(torch.equal(x, y) for x, y in zip(held, twin, strict=True))
+
+
+@needs_interpreter
+def test_without_gradients_nothing_changes() -> None:
+    x = torch.ones(20, requires_grad=True)
+    ours = OneLaunchAdamW([x], **RATES, weight_decay=0.5)
+    ours.step()
+    assert x.tolist() == [1.0] * 20
+    assert ours.state[x]["step"] == 0
+
+
+@needs_interpreter
 def test_gradients_may_lie_anywhere() -> None:
     found, exact = torch.ones(40, requires_grad=True), torch.ones(40, requires_grad=True)
     grad = torch.randn(41)[1:]
@@ -109,3 +150,6 @@ def test_other_dtypes_and_shapes_are_refused() -> None:
     y.grad = torch.ones_like(y)
     with pytest.raises(ValueError, match="contiguous; use contiguous"):
         OneLaunchAdamW([y], **RATES, weight_decay=0.0).step()
+    groups_of_two = [{"params": [y], "betas": (0.5, 0.5)}]
+    with pytest.raises(ValueError, match="a group has betas .0.5, 0.5. and eps 1e-06; expected"):
+        OneLaunchAdamW(groups_of_two, **RATES, weight_decay=0.0)

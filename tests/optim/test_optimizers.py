@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from transnormer.config import validate
-from transnormer.optim import Optimizer, OptimizerConfig, build_optimizer
+from transnormer.optim import Optimizer, OptimizerConfig, build_optimizer, clip_factor
 
 
 class Part(nn.Module):
@@ -48,6 +48,36 @@ def test_only_matrices_decay() -> None:
     for name, value in model.named_parameters():
         factor = 0.95 if name in ("embedding.weight", "blocks.0.proj.weight") else 1.0
         torch.testing.assert_close(value.detach(), before[name] * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"states": "bfloat16"}, {"name": "muon"}], ids=["adamw", "bfloat16", "muon"]
+)
+def test_gradients_are_multiplied_by_the_factor_first(kind: dict[str, str]) -> None:
+    # An eps that small gradients feel: without one their size does not matter to AdamW.
+    config = OptimizerConfig.model_validate({"eps": 1.0, **kind})
+    found, expected = [], []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = build_optimizer(model, config)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+            if not ours:
+                parameter.grad *= 0.25
+        optimizer.step(torch.tensor(0.25) if ours else None)
+        made = found if ours else expected
+        made += [*state(model), *optimizer.state_tensors().values()]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 50.0])
+def test_the_factor_clips_as_torch_does(size: float) -> None:
+    x = torch.zeros(3, requires_grad=True)
+    grad = torch.tensor([2.0, -1.0, 2.0]) / 3 * size
+    x.grad = grad.clone()
+    norm = nn.utils.clip_grad_norm_([x], 1.0)
+    assert torch.equal(grad * clip_factor(1.0, norm), x.grad)
 
 
 def test_adamw_follows_its_formula() -> None:

@@ -100,6 +100,14 @@ def test_what_the_op_cannot_do_takes_the_way_by_parts(
     assert ask(core_of(**options), **changes) is None
 
 
+def test_pads_in_one_part_take_all_parts_the_same_way() -> None:
+    for rank in range(3):
+        core = core_of(rank)
+        core.axis.part = core.axis.part._replace(mask=torch.ones(2, 8, dtype=torch.bool))
+        # Most parts have no pads, and are called without a mask.
+        assert ask(core) is None
+
+
 def test_a_core_without_a_part_runs_the_plain_op() -> None:
     core, plain = core_of(), LinearAttentionCore()
     core.axis.part = None

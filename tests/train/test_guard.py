@@ -2,9 +2,11 @@
 
 import json
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +237,24 @@ def test_a_checkpoint_of_steps_given_up_is_removed(make_config: MakeConfig, plan
     assert names() == ["step_00000012"]
     stored = Path(config.output.dir) / "checkpoints" / "step_00000012" / "trainer.json"
     assert json.loads(stored.read_text())["next_sample"] == 4 * 14
+
+
+def test_the_wait_of_a_rollback_is_no_reason_to_save_less(
+    make_config: MakeConfig, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(13)
+    write, notes = checkpoints.write_checkpoint, Notes()
+
+    def slow(*args: Any, **options: Any) -> Path:
+        # Steps take less, and the spike follows the checkpoint at once.
+        time.sleep(0.5)
+        return write(*args, **options)
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
+    config = make_config(*GUARD, "guard.action=rollback", "train.save_every=12", "train.steps=14")
+    run_training(config, progress=notes)
+    assert any("back to step 12" in text for text in notes.messages)
+    assert not any("raise train.save_every" in text for text in notes.messages)
 
 
 def test_a_rollback_whose_checkpoint_cannot_be_written_loses_none(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transnormer.data.document import Document
 from transnormer.data.tokenizers import ByteTokenizer
 from transnormer.models import checkpoint
 from transnormer.models.decoder import Decoder
+from transnormer.optim import Optimizer
 from transnormer.train import OneProcess, RunConfig, TrainingDiverged, run_training
 from transnormer.train.metrics import read_records
 
@@ -158,6 +160,28 @@ def test_clipping_bounds_the_gradient_and_reports_the_norm_before(make_config: M
     run_training(make_config(*overrides), progress=(notes := Notes()), sync=(watch := Watch()))
     assert notes.steps[0].grad_norm > 0.01
     assert watch.moved < 1e-5 * notes.steps[0].lr
+
+
+def test_gradients_are_gone_when_copies_meet(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+    prepare = Optimizer.prepare
+
+    def prepared(self: Optimizer, factor: Any) -> Any:
+        grads = [x.grad for x in self._names]
+        held.extend(weakref.ref(x) for x in grads)
+        make = prepare(self, factor)
+        # As the optimizer of a GPU, which knows them by their addresses.
+        return lambda held=grads: make()
+
+    class Meeting(OneProcess):
+        def outer_step(self, model: torch.nn.Module, lr: float) -> None:
+            assert held
+            assert not any(x() is not None for x in held)
+
+    monkeypatch.setattr(Optimizer, "prepare", prepared)
+    run_training(make_config("train.steps=2"), sync=Meeting())
 
 
 def test_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> None:

@@ -14,6 +14,8 @@ ATTENTION, MATMULS, ELEMENTS = "attention", "matmuls", "norm, gate, other"
 LOSS, OPTIMIZER, IDLE = "loss", "optimizer", "idle"
 PARTS = (ATTENTION, MATMULS, ELEMENTS, LOSS, OPTIMIZER, IDLE)
 
+# Of the optimizer, though no operation is around it.
+_STEP = "adamw_kernel"
 # What an operation is by a piece of its own or of an enclosing one's name; the first that fits.
 _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (LOSS, ("transnormer::linear_cross_entropy",)),
@@ -55,6 +57,8 @@ def time_by_part(events: Iterable[Any], wall_ms: float, device: torch.device) ->
             # An annotation on the GPU's timeline spans kernels that are counted themselves.
             if not event.is_user_annotation:
                 kernels += event.self_device_time_total / 1000
+                if device.type == "cuda" and _STEP in event.name:
+                    times[OPTIMIZER] += event.self_device_time_total / 1000
             continue
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         if own:

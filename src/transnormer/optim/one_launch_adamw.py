@@ -28,11 +28,21 @@ class OneLaunchAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
     ) -> None:
-        """As torch.optim.AdamW; betas and eps are those of all groups."""
+        """As torch.optim.AdamW; ValueError for a group with betas or eps of its own."""
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            if (group["betas"], group["eps"]) != (betas, eps):
+                raise ValueError(
+                    f"a group has betas {group['betas']} and eps {group['eps']}; expected {betas} "
+                    f"and {eps}, as all have; one launch takes them once"
+                )
         self._many: ManyTensors | None = None
-        self._counts: list[tuple[Tensor, int]] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's; a copy finds its own tensors."""
+        super().__setstate__(state)
+        self._many = None
 
     @torch.no_grad()
     def step(self, closure: None = None, *, factor: Tensor | None = None) -> None:  # pyrefly: ignore[bad-override]
@@ -50,9 +60,10 @@ class OneLaunchAdamW(torch.optim.Optimizer):
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         states = [self._state_of(parameter) for parameter, _ in pairs]
         grads = [None if p.grad is None else own_share(p.grad) for p, _ in pairs]
+        # Read anew: a run that goes back, or on, writes into the counts.
         stepped = [
-            count + (grad is not None)
-            for count, grad in zip(self._counts_of(states), grads, strict=True)
+            int(state["step"]) + (grad is not None)
+            for state, grad in zip(states, grads, strict=True)
         ]
         known: dict[tuple[int, int], Numbers] = {}
         numbers = []
@@ -73,10 +84,10 @@ class OneLaunchAdamW(torch.optim.Optimizer):
         def make() -> None:
             launch()
             # Behind the launch: the device is at work.
-            with torch.no_grad():
-                moved = [x["step"] for x, g in zip(states, grads, strict=True) if g is not None]
-                torch._foreach_add_(moved, 1.0)
-            self._counts = [(x["step"], n) for x, n in zip(states, stepped, strict=True)]
+            moved = [x["step"] for x, g in zip(states, grads, strict=True) if g is not None]
+            if moved:
+                with torch.no_grad():
+                    torch._foreach_add_(moved, 1.0)
 
         return make
 
@@ -87,15 +98,6 @@ class OneLaunchAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter)
         return state
-
-    def _counts_of(self, states: list[dict[str, Tensor]]) -> list[int]:
-        """Steps made of each parameter, without reading tensors that nobody has put there since."""
-        if len(self._counts) != len(states):
-            return [int(state["step"]) for state in states]
-        return [
-            count if state["step"] is known else int(state["step"])
-            for state, (known, count) in zip(states, self._counts, strict=True)
-        ]
 
 
 def _numbers(group: dict[str, Any], step: int) -> Numbers:

@@ -92,8 +92,8 @@ class Optimizer:
     def prepare(self, factor: Tensor | None = None) -> Callable[[], None]:
         """Return what updates the parameters from the gradients that they have now.
 
-        What the host can do ahead it does here; nothing has changed until the result is called, and
-        nothing has where it is not.
+        What the host can do ahead it does here, zeros for states that are missing with it; no value
+        has changed until the result is called, and none has where it is not.
 
         Args:
             factor: by which all gradients are multiplied first, [], see ``clip_factor``; None is 1.
@@ -133,7 +133,7 @@ class Optimizer:
         ]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the whole state, as "parameter name/key" -> tensor; empty before the first step.
+        """Return the whole state, as "parameter name/key" -> tensor; empty before a step is prepared.
 
         The tensors are the live ones: copy what must outlast the next step.
         """
@@ -191,7 +191,7 @@ def _step(part: torch.optim.Optimizer, factor: Tensor | None) -> None:
 def _fit(key: str, value: Tensor, parameter: Tensor, *, beside: bool) -> Tensor:
     if value.ndim == 0:
         # Step counters: fused updates want them beside the parameter, the others on the CPU.
-        return value.to(parameter.device) if beside and parameter.is_cuda else value.clone()
+        return value.to(parameter.device if beside and parameter.is_cuda else "cpu", copy=True)
     if value.shape != parameter.shape:
         raise ValueError(
             f"optimizer state {key} has shape {list(value.shape)}; "
@@ -216,9 +216,10 @@ def build_optimizer(
     matrix is orthogonalised as it is stored: q, k, v and gate, which are one, together.
 
     lr_scales multiplies the rate of AdamW's parameters by name; their weight decay a step, rate
-    times weight_decay, does not change. AdamW of float32 parameters on one GPU is ``OneLaunchAdamW``,
-    torch's own fused one elsewhere. compile_backend compiles the update of bfloat16 moments. matrices is how muon works on matrices that lie on several
-    processes; None has them here.
+    times weight_decay, does not change. AdamW of float32 parameters on one GPU is
+    ``OneLaunchAdamW``, torch's own fused one elsewhere. compile_backend compiles the update of
+    bfloat16 moments. matrices is how muon works on matrices that lie on several processes; None has
+    them here.
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not named:

@@ -14,6 +14,10 @@ of a block, E those of embedding and head, n tokens of a rank, d model_dim, f gl
 The coefficients of d and f are those of TransNormerLLM's blocks, lightning attention and a gated
 linear unit: what autograd keeps under bfloat16 autocast, and what its backward makes; they are set so
 that the formula agrees with the tracker. What blocks of other kinds keep is counted (``plan_blocks``).
+
+Formula and tracker count a rank that shares parameters with nobody (W = 1) as FSDP over one rank, which
+a run leaves out: autograd then keeps the rounded weights of all blocks that are neither compiled nor
+computed again, 2 N_b / T each, where here two blocks' are counted.
 """
 
 from collections.abc import Iterator

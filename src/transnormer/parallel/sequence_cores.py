@@ -67,13 +67,15 @@ class SequenceLinearCore(LinearAttentionCore):
     ) -> Tensor | None:
         """As ``LinearAttentionCore.joint``, on this rank's part.
 
-        What decides is the same on all ranks, since their messages are others on either way: no
-        lengths of parts, nor where documents begin.
+        What decides is the same on all ranks: pads of the whole batch, and no lengths of parts, nor
+        where documents begin.
         """
+        part = self.axis.part
         how: dict[str, Any] = {"head_dim": head_dim, "implementation": implementation}
-        if self.axis.part is None:
+        if part is None:
             return joint_attention(projected, log_decay, eps=eps, cu_seqlens=cu_seqlens, **how)
-        if cu_seqlens is not None or self.axis.overlap:
+        # A part without pads has no mask of its own, where another one's has.
+        if cu_seqlens is not None or part.mask is not None or self.axis.overlap:
             return None
         if not runs_in_parts(projected, log_decay, **how):
             return None

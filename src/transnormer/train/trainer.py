@@ -329,6 +329,7 @@ class Trainer:
         self.records.rollback(kept.step, from_step=from_step, reason=spike, next_sample=next_sample)
         self.progress.message(f"step {from_step}: {spike}; back to step {kept.step}")
         # At once, so that no checkpoint of the steps given up is continued; never without one.
+        self.saver.drain()
         self._save(keep_last=0)
         self.saver.drain()
         self.sync.from_first(lambda: checkpoints.remove_after(self.run_dir, kept.step))

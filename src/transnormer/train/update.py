@@ -110,6 +110,8 @@ class Updater:
             self._copies.hold()
         if spike is None:
             make_step()
+        # It may hold the gradients, whose memory others need now.
+        del make_step
         self._optimizer.zero_grad()
         outer = None
         if spike is None:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transnormer.ops import checks
-from transnormer.ops.joint_attention import checked, needs_triton, request_of
+from transnormer.ops.dispatch import choose
+from transnormer.ops.joint_attention import IMPLEMENTATIONS, checked, needs_triton, request_of
 from transnormer.ops.linear_attention.constant_decay import Exchange
 
 
@@ -75,14 +76,14 @@ def joint_attention_in_parts(
         y, [batch, tokens of the part, heads * head_dim] in joint's dtype, under autocast in that one.
 
     Raises:
-        ValueError: shapes, a device.
+        ValueError: shapes, a device, another implementation.
         TypeError: dtypes, or what is no tensor.
         NotImplementedError, RuntimeError: the kernels cannot run this call, see ``runs_in_parts``.
     """
     joint = checked(joint, log_decay, None, head_dim)
     request = request_of(joint, log_decay, head_dim=head_dim, implementation=implementation)
-    if (error := needs_triton(request)) is not None:
-        raise error
+    # The kernels' row alone: no other one can hand states on in its middle.
+    choose("joint_attention_in_parts", IMPLEMENTATIONS[:1], request, implementation)
     # Autocast has done its part.
     with checks.no_autocast(joint.device.type):
         return _InParts.apply(joint, log_decay, head_dim, eps, ahead, back)
