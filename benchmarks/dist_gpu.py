@@ -240,19 +240,14 @@ def main() -> None:
         "benchmark": "dist_gpu", "environment": environment, "rows": {}, "verdicts": {},
     }  # fmt: skip
     if options.add is not None:
-        earlier = json.loads(options.add.read_text(encoding="utf-8"))
-        result["rows"] = {
-            name: {"environment": earlier["environment"]} | row
-            for name, row in earlier["rows"].items()
-            if "left_out" not in row
-        }
+        result["rows"] = harness.rows_of_an_earlier(options.add)
     if dry:
         result["dry_run"] = "numbers mean nothing"
     pools: dict[bool, Ranks] = {}
     for name in options.rows:
         row, spent = rows[name], time.monotonic() - began
         if spent >= options.budget:
-            result["rows"][name] = {"left_out": "the seconds were spent"}
+            result["rows"].setdefault(name, {"left_out": "the seconds were spent"})
             continue
         if row.slow not in pools:
             for pool in pools.values():

@@ -181,6 +181,16 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def rows_of_an_earlier(result: Path) -> dict[str, Any]:
+    """The rows of a result that were measured, each with the environment of its own call."""
+    earlier = json.loads(result.read_text(encoding="utf-8"))
+    return {
+        name: {"environment": earlier["environment"]} | row
+        for name, row in earlier["rows"].items()
+        if "left_out" not in row
+    }
+
+
 def publish(result: dict[str, Any], output: Path, keys: Sequence[str] = ()) -> None:
     """Write the result, and print it (or these keys of it) as one line of JSON, the last one."""
     result = finite(result)

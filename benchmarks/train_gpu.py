@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed, after four")
     parser.add_argument("--profile", type=int, nargs="?", const=25, default=0, metavar="KERNELS")
     parser.add_argument("--budget", type=float, default=1e9, help="start no row after so many s")
+    parser.add_argument("--add", type=Path, help="an earlier result whose other rows are kept")
     parser.add_argument("--gpus", nargs="+", metavar="N", help="to share the rows out to")
     parser.add_argument("--no-prepare", action="store_true", help="compile in the rows alone")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -304,6 +305,8 @@ def main() -> None:
         "rows": {},
         "verdicts": {},
     }
+    if options.add is not None:
+        result["rows"] = harness.rows_of_an_earlier(options.add)
     if options.device == "cpu":
         result["dry_run"] = "numbers mean nothing"
     elif not options.no_prepare:
@@ -312,10 +315,13 @@ def main() -> None:
     chosen = list(options.rows)
 
     def done(name: str, row: dict[str, Any]) -> None:
+        if "left_out" in row and name in result["rows"]:
+            # The earlier one stays.
+            return
         facts = {"settings": list(rows[name].settings), "seq": rows[name].seq}
         result["rows"][name] = row | facts | {"tokens": rows[name].tokens}
-        # In the order that was asked for, whichever ended first.
-        result["rows"] = {x: result["rows"][x] for x in chosen if x in result["rows"]}
+        # In one order, whichever ended first.
+        result["rows"] = {x: result["rows"][x] for x in rows if x in result["rows"]}
         show(name, row | facts)
         result["verdicts"] = verdicts(result["rows"])
         harness.publish(result, options.output, ("benchmark",))

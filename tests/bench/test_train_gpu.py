@@ -55,10 +55,19 @@ def test_verdicts_compare_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_dry_run_writes_rows_and_a_picture(tmp_path: Path) -> None:
     result, image = tmp_path / "result.json", tmp_path / "speed.png"
     command = [sys.executable, str(BENCHMARKS / "train_gpu.py"), "--device", "cpu", "--steps", "1"]
-    command += ["--rows", "tnl@2048", "hf_llama@2048", "--output", str(result), "--commit", "abc"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    command += ["--output", str(result)]
+    calls = (("abc", "hf_llama@2048", "tnl@8192"), ("def", "tnl@2048", "tnl@8192"))
+    for commit, *rows in calls:
+        own = ["--rows", *rows, "--gpus", "0", "1", "--commit", commit]
+        own += ["--add", str(result)] if result.exists() else []
+        run = subprocess.run(
+            [*command, *own], capture_output=True, text=True, timeout=100, check=False
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(result.read_text(encoding="utf-8"))
+    assert list(found["rows"]) == ["tnl@2048", "tnl@8192", "hf_llama@2048"]
+    assert found["rows"]["hf_llama@2048"]["environment"]["commit"] == "abc"
+    assert "environment" not in found["rows"]["tnl@8192"]
     assert found["failures"] == []
     assert "dry_run" in found
     assert all(row["tokens_per_second"] > 0 for row in found["rows"].values())

@@ -13,10 +13,9 @@ from transnormer.optim.shares import own_share
 class OneLaunchAdamW(torch.optim.Optimizer):
     """``torch.optim.AdamW`` of float32 parameters on one GPU, in one launch (``ops.adamw``).
 
-    torch's fused step is some twenty launches, which the host takes about 2 ms to prepare for the
-    tensors of a model of 24 layers while the device waits, behind another twenty that scale the
-    gradients. State has torch's names and dtypes; its counts of steps are on the CPU. Of parameters
-    that lie on several ranks each updates its share.
+    torch's fused step of a model of 24 layers is some twenty launches, for which the device waits on the
+    host, behind another twenty that scale the gradients. State has torch's names and dtypes; its
+    counts of steps are on the CPU. Of parameters that lie on several ranks each updates its share.
     """
 
     def __init__(
