@@ -55,6 +55,9 @@ class Ulysses(nn.Module):
         self.core, self._group = core, group
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
 
+    def joint(self, *_: Any, **__: Any) -> None:
+        """None: projections have to be parted before their heads go anywhere."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *given: Any, **options: Any) -> Any:
         """As the core's forward, on this rank's tokens."""
         widths = [x.shape[-1] for x in (q, k, v)]
