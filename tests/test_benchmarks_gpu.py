@@ -214,6 +214,7 @@ def test_shares_of_the_grid_cover_it_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(set(grid)) == len(grid)
 
 
+@pytest.mark.slow
 def test_dry_run_of_op_gpu_takes_every_path(tmp_path: Path) -> None:
     names = ["4x32x8192x128", "4x32x2048x128-fp32", *PARTS]
     peers = ["softmax_any", "fla_chunk"]

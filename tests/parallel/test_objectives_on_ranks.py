@@ -56,7 +56,10 @@ def assert_same_run(found: Path, exact: Path) -> None:
                 assert_close(ours[name], x, limit=LAYOUT_FLOAT64, name=f"{file} {name}")
 
 
-@pytest.mark.parametrize("kind", list(FIRST))
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind == "lora" else kind for kind in FIRST],
+)
 def test_a_run_moves_between_ranks_and_one_process(ranks: Ranks, tmp_path: Path, kind: str) -> None:
     run_in_float64(None, run_of(tmp_path, kind, "alone"), Axes(), False)
     for axes, steps in ((FIRST[kind], 2), (None, 4), (LAST[kind], 6)):
