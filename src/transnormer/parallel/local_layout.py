@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from transnormer.models.random_state import random_state, set_random_state
 from transnormer.optim import Optimizer, WholeMatrices
+from transnormer.optim.shares import own_share
 from transnormer.parallel.co2 import OuterSync, automatic_tau
 from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.layout import Layout
@@ -295,7 +295,7 @@ class LocalLayout(Layout):
             "optimizer": optimizer.state_tensors(),
         }
         named = {
-            f"{part}/{name}": _local(x).detach().cpu().contiguous()
+            f"{part}/{name}": own_share(x).detach().cpu().contiguous()
             for part, tensors in parts.items()
             for name, x in tensors.items()
         }
@@ -316,7 +316,7 @@ class LocalLayout(Layout):
         with torch.no_grad():
             for part, here in live.items():
                 for name, x in here.items():
-                    _local(x).copy_(tensors[f"{part}/{name}"])
+                    own_share(x).copy_(tensors[f"{part}/{name}"])
         self._outer.load_state_tensors(_part(tensors, "outer/"))
         if self._table.tau != "auto":
             self._outer.tau = self._table.tau
@@ -346,10 +346,6 @@ def _file(rank: int) -> str:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _reshard(model: nn.Module) -> None:

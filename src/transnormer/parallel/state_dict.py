@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from transnormer.optim.shares import own_share
+
 
 def gather_whole(tensors: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
     """Whole tensors on the CPU of rank 0, one after the other; every rank calls it.
@@ -57,7 +59,7 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for key, grads in groups.items():
         # A share may be empty, where there are fewer rows than ranks.
-        square = torch.nn.utils.get_total_norm([_local(grad) for grad in grads]).square()
+        square = torch.nn.utils.get_total_norm([own_share(grad) for grad in grads]).square()
         if key is not None:
             mesh, placements = key
             for dim, placement in enumerate(placements):
@@ -66,7 +68,3 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
         total = square if total is None else total + square
     assert total is not None
     return total.sqrt()
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
