@@ -44,18 +44,20 @@ from transnormer.models import zoo
 from transnormer.models.cost import ModelCost
 
 RESIDUAL, COMPILE = "train.residual=bfloat16", "train.compile=true"
+# The optimizer has the float32 ones.
+WEIGHTS = "train.weights=bfloat16"
 EIGHT_BITS = "train.float8=tensorwise"
 GRAPH, BLOCKS = "train.cuda_graph=true", "train.activation_memory="
 # What the recipe says.
-FAST = (COMPILE, RESIDUAL, GRAPH, BLOCKS + "0.9")
-ROOMY = (COMPILE, RESIDUAL, GRAPH)
+FAST = (COMPILE, RESIDUAL, WEIGHTS, GRAPH, BLOCKS + "0.9")
+ROOMY = (COMPILE, RESIDUAL, WEIGHTS, GRAPH)
 SEVEN = (
-    "train.weights=bfloat16",
+    WEIGHTS,
     "optimizer.states=bfloat16",
     "train.checkpointing=full",
     COMPILE,
 )
-SEGMENTS = (COMPILE, RESIDUAL, "train.segment_tokens=32768")
+SEGMENTS = (COMPILE, RESIDUAL, WEIGHTS, "train.segment_tokens=32768")
 
 
 def rows_of_the_run() -> tuple[Row, ...]:
@@ -74,7 +76,7 @@ def rows_of_the_run() -> tuple[Row, ...]:
         variant("roomy", *ROOMY),
         llama[0],
         tnl[2],
-        Row("tnl", 131_072, 131_072, settings=(*ROOMY, BLOCKS + "0.5")),
+        Row("tnl", 131_072, 131_072, settings=(*ROOMY, BLOCKS + "0.6")),
         tnl[1],
         llama[2],
         llama[1],
@@ -83,6 +85,7 @@ def rows_of_the_run() -> tuple[Row, ...]:
         hugging_face[1],
         variant("compiled", COMPILE),
         variant("residual", COMPILE, RESIDUAL),
+        variant("float32", COMPILE, RESIDUAL, GRAPH, BLOCKS + "0.9"),
         variant("graph", COMPILE, GRAPH),
         variant("memory_0.5", *ROOMY, BLOCKS + "0.5"),
         variant("memory_0.4", *ROOMY, BLOCKS + "0.4"),

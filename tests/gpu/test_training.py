@@ -156,12 +156,14 @@ def test_a_captured_step_is_the_plain_one(tmp_path: Path, micro_batch: int, comp
     assert torch.tensor(found["true"]).sub(torch.tensor(found["false"])).abs().max() < GPU_GRAPH
 
 
-@pytest.mark.parametrize("states", ["adamw", "muon", "bfloat16"])
+@pytest.mark.parametrize("states", ["adamw", "muon", "bfloat16", "weights", "all"])
 def test_every_optimizer_works_beside_a_captured_pass(tmp_path: Path, states: str) -> None:
     optimizer = {
-        "adamw": "optimizer.name=adamw",
-        "muon": "optimizer.name=muon",
-        "bfloat16": "optimizer.states=bfloat16",
+        "adamw": ["optimizer.name=adamw"],
+        "muon": ["optimizer.name=muon"],
+        "bfloat16": ["optimizer.states=bfloat16"],
+        "weights": ["train.weights=bfloat16", "train.micro_batch=1"],
+        "all": ["train.weights=bfloat16", "optimizer.states=bfloat16"],
     }[states]
     config = tiny_run(
         tmp_path,
@@ -172,7 +174,7 @@ def test_every_optimizer_works_beside_a_captured_pass(tmp_path: Path, states: st
         "model.dropout=0",
         "guard.action=rollback",
         "guard.snapshot_every=10",
-        optimizer,
+        *optimizer,
     )
     run_training(config, progress=(notes := Notes()))
     assert notes.steps[-1].loss < notes.steps[0].loss - 0.5
@@ -183,6 +185,7 @@ def test_a_fast_run_follows_the_plain_one_for_200_steps(tmp_path: Path) -> None:
     fast = (
         "train.compile=true",
         "train.residual=bfloat16",
+        "train.weights=bfloat16",
         "train.activation_memory=0.9",
         "train.cuda_graph=true",
     )

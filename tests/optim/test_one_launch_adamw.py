@@ -1,15 +1,16 @@
-"""AdamW in one launch: torch's AdamW behind a clipped gradient, its state, what it refuses."""
+"""AdamW in one launch: torch's behind a clipped gradient, bfloat16 of it, state, refusals."""
 
 import copy
 
 import pytest
 import torch
 from kernel_cases import needs_interpreter
-from tolerances import ADAMW, assert_close
+from tolerances import ADAMW, EPS, assert_close
 from torch import Tensor
 
-from transnormer.ops.adamw import triton_adamw
+from transnormer.ops.adamw import ManyTensors, triton_adamw
 from transnormer.optim.one_launch_adamw import OneLaunchAdamW
+from transnormer.optim.rounded_adamw import RoundedAdamW
 
 RATES = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6}
 # Several blocks and a rest, a rest alone, one number, none.
@@ -38,6 +39,9 @@ def run(optimizer: torch.optim.Optimizer, held: list[Tensor], factor: float | No
         if isinstance(optimizer, OneLaunchAdamW):
             optimizer.step(factor=None if factor is None else torch.tensor(factor))
             continue
+        if isinstance(optimizer, RoundedAdamW):
+            optimizer.step(factor=None if factor is None else torch.tensor(factor))
+            continue
         for x in held:
             if factor is not None and x.grad is not None:
                 x.grad *= factor
@@ -63,6 +67,112 @@ def test_steps_are_those_of_torch(factor: float | None) -> None:
         assert_close(x.detach(), y.detach(), limit=ADAMW)
         for name in ("exp_avg", "exp_avg_sq", "step"):
             assert_close(ours.state[x][name], theirs.state[y][name], limit=ADAMW, name=name)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("grads", [torch.bfloat16, torch.float32])
+def test_bfloat16_parameters_are_copies_of_weights_that_step_in_float32(grads: torch.dtype) -> None:
+    held = parameters(torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in held]
+    theirs = torch.optim.AdamW(groups(exact), **RATES)
+    ours = OneLaunchAdamW(groups(held), **RATES, weight_decay=0.0)
+    for _ in range(4):
+        for x, y in zip(held, exact, strict=True):
+            grad = torch.randn(x.shape).to(grads)
+            x.grad_dtype = grads
+            x.grad, y.grad = grad, grad.double() * 0.25
+        ours.step(factor=torch.tensor(0.25))
+        theirs.step()
+    for x, y in zip(held, exact, strict=True):
+        if not x.numel():
+            continue
+        assert_close(ours.state[x]["master"], y.detach(), limit=ADAMW)
+        assert torch.equal(x.detach(), ours.state[x]["master"].bfloat16())
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert_close(ours.state[x][name], theirs.state[y][name], limit=ADAMW, name=name)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+def test_the_tensorwise_step_is_the_same_but_for_random_bits(states: torch.dtype) -> None:
+    """Parameters of both dtypes; what is rounded at random is one of two neighbours."""
+    mixed = [torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16]
+    found = [x.detach().to(d).requires_grad_() for x, d in zip(parameters(), mixed, strict=True)]
+    other = [x.detach().clone().requires_grad_() for x in found]
+    ours = OneLaunchAdamW(groups(found), **RATES, weight_decay=0.0, states=states)
+    theirs = RoundedAdamW(groups(other), **RATES, weight_decay=0.0, states=states)
+    run(ours, found, 0.5)
+    run(theirs, other, 0.5)
+    for x, y in zip(found, other, strict=True):
+        if not x.numel():
+            continue
+        assert list(ours.state[x]) == list(theirs.state[y])
+        for a, b in zip((x, *ours.state[x].values()), (y, *theirs.state[y].values())):
+            assert a.dtype == b.dtype
+            rounds = a.dtype == torch.bfloat16 and states == torch.bfloat16
+            near = 4 * EPS[torch.bfloat16] if states == torch.bfloat16 else ADAMW
+            # Four steps, each rounded up or down.
+            assert_close(a.detach().double(), b.detach().double(), limit=near)
+            assert rounds or states == torch.bfloat16 or torch.equal(a.bfloat16(), b.bfloat16())
+
+
+@needs_interpreter
+def test_random_bits_round_to_a_neighbour_with_the_step_as_the_mean() -> None:
+    many = 20_000
+    x = torch.ones(many, dtype=torch.bfloat16, requires_grad=True)
+    x.grad = torch.ones_like(x)
+    ours = OneLaunchAdamW(
+        [x], lr=1e-3, betas=(0.9, 0.99), eps=0.0, weight_decay=0.0, states=torch.bfloat16
+    )
+    ours.step()
+    # 1 - 1e-3 lies between these two, m = 0.1 and v = 0.01 between two others each.
+    below, share = 1 - 2.0**-8, 1e-3 * 2**8
+    assert set(x.tolist()) == {1.0, below}
+    down = (x < 1).double()
+    assert down.mean().item() == pytest.approx(share, abs=4 * (share / many) ** 0.5)
+    drawn = [down]
+    for name, mean in (("exp_avg", 0.1), ("exp_avg_sq", 0.01)):
+        found = ours.state[x][name].double()
+        low, high = sorted(set(found.tolist()))
+        up, error = (mean - low) / (high - low), 4 * (0.25 / many) ** 0.5
+        drawn.append((found > low).double())
+        assert drawn[-1].mean().item() == pytest.approx(up, abs=error)
+    # Neither the tensors nor the halves of a block share their bits.
+    drawn += [drawn[0].view(-1, 2, 8).flip(1).flatten(), drawn[0].roll(8), drawn[0].roll(16)]
+    for number, a in enumerate(drawn[1:], 1):
+        correlation = torch.corrcoef(torch.stack([drawn[0], a]))[0, 1].abs()
+        assert correlation < 5 / many**0.5, number
+
+
+@needs_interpreter
+def test_random_bits_follow_from_the_step() -> None:
+    found = []
+    for seed in (1, 2):
+        held = parameters(torch.bfloat16)
+        torch.manual_seed(seed)
+        ours = OneLaunchAdamW(groups(held), **RATES, weight_decay=0.0, states=torch.bfloat16)
+        run(ours, held, None)
+        found.append(torch.cat([x.detach().flatten() for x in held]))
+    assert torch.equal(*found)
+    x = torch.ones(500, dtype=torch.bfloat16, requires_grad=True)
+    ours = OneLaunchAdamW([x], **RATES, weight_decay=0.0, states=torch.bfloat16)
+    steps = []
+    for _ in range(2):
+        x.grad = torch.ones_like(x)
+        with torch.no_grad():
+            x.fill_(1.0)
+        ours.step()
+        steps.append(x.detach().clone())
+    assert not torch.equal(*steps)
+
+
+@needs_interpreter
+def test_a_nan_stays_one() -> None:
+    x = torch.tensor([float("nan"), 1.0, float("inf")], dtype=torch.bfloat16, requires_grad=True)
+    x.grad = torch.tensor([1.0, float("nan"), 1.0], dtype=torch.bfloat16)
+    OneLaunchAdamW([x], **RATES, weight_decay=0.0, states=torch.bfloat16).step()
+    assert x.isnan().tolist() == [True, True, False]
+    assert x[2] == float("inf")
 
 
 @needs_interpreter
@@ -142,10 +252,21 @@ def test_gradients_may_lie_anywhere() -> None:
 
 @needs_interpreter
 def test_other_dtypes_and_shapes_are_refused() -> None:
-    x = torch.ones(3, 4, dtype=torch.bfloat16).requires_grad_()
+    x = torch.ones(3, 4, dtype=torch.float16).requires_grad_()
     x.grad = torch.ones_like(x)
-    with pytest.raises(TypeError, match="a tensor is torch.bfloat16; expected torch.float32"):
+    with pytest.raises(TypeError, match="a tensor is torch.float16; expected torch.float32 or"):
         OneLaunchAdamW([x], **RATES, weight_decay=0.0).step()
+    z = torch.ones(3, 4).requires_grad_()
+    z.grad_dtype = torch.bfloat16
+    z.grad = torch.ones(3, 4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="a tensor is torch.bfloat16; expected torch.float32"):
+        OneLaunchAdamW([z], **RATES, weight_decay=0.0).step()
+    with pytest.raises(TypeError, match="parameters beside weights are torch.float32; expected"):
+        ManyTensors([z], [z], [z], [z])
+    half = x.detach().bfloat16()
+    many = ManyTensors([half], [half], [half])
+    with pytest.raises(ValueError, match="seeds are 0; expected 1, one a parameter"):
+        many.prepare([half], [], (0.9, 0.9), 1e-8)
     y = torch.ones(4, 3).mT.requires_grad_()
     y.grad = torch.ones_like(y)
     with pytest.raises(ValueError, match="contiguous; use contiguous"):

@@ -4,10 +4,17 @@ import copy
 
 import pytest
 import torch
+from tolerances import ADAMW, assert_close
 from torch import Tensor, nn
 
 from transnormer.config import validate
-from transnormer.optim import Optimizer, OptimizerConfig, build_optimizer, clip_factor
+from transnormer.optim import (
+    Optimizer,
+    OptimizerConfig,
+    build_optimizer,
+    clip_factor,
+    gradient_norm,
+)
 
 
 class Part(nn.Module):
@@ -78,6 +85,22 @@ def test_the_factor_clips_as_torch_does(size: float) -> None:
     x.grad = grad.clone()
     norm = nn.utils.clip_grad_norm_([x], 1.0)
     assert torch.equal(grad * clip_factor(1.0, norm), x.grad)
+
+
+def test_the_norm_of_gradients_is_torchs_and_has_more_than_their_digits() -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(300, 7), torch.randn(5), torch.zeros(0, 3), torch.randn(())]
+    assert torch.equal(gradient_norm(grads), nn.utils.get_total_norm(grads))
+    half = [x.bfloat16() for x in grads]
+    exact = torch.cat([x.double().flatten() for x in half]).norm()
+    assert_close(gradient_norm(half), exact, limit=ADAMW)
+    assert_close(
+        gradient_norm([half[0], *grads[1:]]).double(),
+        gradient_norm([half[0].double(), *(x.double() for x in grads[1:])]),
+        limit=ADAMW,
+    )
+    assert gradient_norm([x.double() for x in grads]).dtype == torch.float64
+    assert gradient_norm([]).item() == 0
 
 
 def test_adamw_follows_its_formula() -> None:

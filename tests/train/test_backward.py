@@ -90,24 +90,63 @@ def test_compiled_blocks_follow_the_plain_run(
     assert counter.frame_count == 2
 
 
-def test_a_bfloat16_residual_stream_follows_the_float32_one(
-    make_config: MakeConfig, tmp_path: Path
+WEIGHTS = "train.weights=bfloat16"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.residual=bfloat16",),
+        (WEIGHTS,),
+        (WEIGHTS, "train.micro_batch=1"),
+        (WEIGHTS, "train.segment_tokens=8", "train.residual=bfloat16"),
+    ],
+    ids=["residual", "weights", "weights-parts", "weights-segments"],
+)
+def test_a_bfloat16_stream_or_weights_follow_float32_ones(
+    make_config: MakeConfig, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
     losses = {}
-    for residual in ("float32", "bfloat16"):
+    for name, added in (("plain", ()), ("bfloat16", settings)):
         config = make_config(
-            f"train.residual={residual}",
+            *added,
             "train.precision=bfloat16",
             "train.steps=200",
             "model.dropout=0",
             # The rate of the recipe: at larger ones both curves leave any third one too.
             "optimizer.lr=3e-4",
-            f"output.dir={tmp_path / residual}",
+            f"output.dir={tmp_path / name}",
         )
         run_training(config, progress=(notes := Notes()))
-        losses[residual] = [report.loss for report in notes.steps]
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=RESIDUAL_LOSS)
-    assert losses["bfloat16"] != losses["float32"]
+        losses[name] = [report.loss for report in notes.steps]
+    assert losses["bfloat16"] == pytest.approx(losses["plain"], rel=RESIDUAL_LOSS)
+    assert losses["bfloat16"] != losses["plain"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ((), torch.bfloat16),
+        (("train.micro_batch=1",), torch.float32),
+        (("train.segment_tokens=8",), torch.float32),
+        (("train.micro_batch=1", "optimizer.states=bfloat16"), torch.bfloat16),
+    ],
+)
+def test_gradients_of_bfloat16_weights_add_up_in_float32(
+    make_config: MakeConfig, settings: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    seen = set()
+
+    class Look(OneProcess):
+        """Sees the gradients of a step."""
+
+        def after_backward(self, model: Decoder) -> None:
+            held = [p for p in model.parameters() if p.dtype == torch.bfloat16]
+            seen.update(p.grad.dtype for p in held if p.grad is not None)
+
+    config = make_config(WEIGHTS, "train.precision=bfloat16", "train.steps=2", *settings)
+    run_training(config, sync=Look())
+    assert seen == {dtype}
 
 
 @pytest.mark.parametrize(

@@ -317,10 +317,11 @@ def test_two_processes_cannot_train_in_one_directory(make_config: MakeConfig) ->
     assert len(nested.steps) == 6
 
 
-def test_a_run_with_bfloat16_weights_and_moments_resumes_bit_for_bit(
-    make_config: MakeConfig, tmp_path: Path
+@pytest.mark.parametrize("states", ["float32", "bfloat16"])
+def test_a_run_with_bfloat16_weights_resumes_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path, states: str
 ) -> None:
-    half = ("train.weights=bfloat16", "optimizer.states=bfloat16", "train.precision=bfloat16")
+    half = ("train.weights=bfloat16", f"optimizer.states={states}", "train.precision=bfloat16")
     whole = run_training(make_config(*half, f"output.dir={tmp_path / 'whole'}")).run_dir
     config = make_config(*half, f"output.dir={tmp_path / 'parts'}")
     stopped = config.train.model_copy(update={"max_minutes": 1e-9})
@@ -330,5 +331,15 @@ def test_a_run_with_bfloat16_weights_and_moments_resumes_bit_for_bit(
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a["embedding.weight"].dtype == torch.bfloat16
     assert a["blocks.0.token_mixer.lrpe.theta"].dtype == torch.float32
-    with pytest.raises(ValueError, match="train.weights is 'bfloat16'; expected 'float32' unless"):
-        make_config("train.weights=bfloat16")
+
+
+def test_bfloat16_weights_are_refused_where_updates_would_be_lost(make_config: MakeConfig) -> None:
+    weights = "train.weights=bfloat16"
+    with pytest.raises(ValueError, match="train.precision is 'float32' beside train.weights"):
+        make_config(weights)
+    half = (weights, "train.precision=bfloat16")
+    with pytest.raises(ValueError, match="optimizer.name is 'muon' beside train.weights = 'bfl"):
+        make_config(*half, "optimizer.name=muon")
+    outer = (*half, "parallel.dp_replicate=2", "parallel.outer.method=co2", "parallel.outer.tau=2")
+    with pytest.raises(ValueError, match="optimizer.states is 'float32' beside train.weights"):
+        make_config(*outer)

@@ -5,6 +5,7 @@ from transnormer.optim.optimizers import (
     OptimizerConfig,
     build_optimizer,
     clip_factor,
+    gradient_norm,
     is_matrix,
 )
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
@@ -17,6 +18,7 @@ __all__ = [
     "WholeMatrices",
     "build_optimizer",
     "clip_factor",
+    "gradient_norm",
     "is_matrix",
     "lr_factor",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transnormer.ops.adamw import why_not
 from transnormer.optim.one_launch_adamw import OneLaunchAdamW
-from transnormer.optim.rounded_adamw import RoundedAdamW
+from transnormer.optim.rounded_adamw import RoundedAdamW, state_keys
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
 from transnormer.optim.shared_muon import SharedMuon, WholeMatrices
 from transnormer.optim.shares import own_share
@@ -74,6 +74,23 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 def clip_factor(most: float, norm: Tensor) -> Tensor:
     """What scales gradients, whose norm is given, [], to a norm of at most ``most``, as torch does."""
     return (most / (norm + 1e-6)).clamp(max=1.0)
+
+
+def gradient_norm(grads: Iterable[Tensor]) -> Tensor:
+    """Norm of plain tensors of one device together, [], summed in float32 or better.
+
+    torch's get_total_norm gives a norm of bfloat16 gradients in their own three digits.
+    """
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for grad in grads:
+        found.setdefault(grad.dtype, []).append(grad)
+    if not found:
+        return torch.zeros(())
+    widest = torch.float32
+    for dtype in found:
+        widest = torch.promote_types(widest, dtype)
+    norms = [x for some in found.values() for x in torch._foreach_norm(some, 2.0, dtype=widest)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class Optimizer:
@@ -159,6 +176,8 @@ class Optimizer:
                 for parameter in group["params"]:
                     name = self._names[parameter]
                     state = states.pop(name, {})
+                    if isinstance(part, RoundedAdamW | OneLaunchAdamW):
+                        keys = set(state_keys(parameter.dtype, part.states))
                     if keys and state and set(state) != keys:
                         raise ValueError(
                             f"optimizer state of {name} is {sorted(state)}; "
@@ -216,10 +235,10 @@ def build_optimizer(
     matrix is orthogonalised as it is stored: q, k, v and gate, which are one, together.
 
     lr_scales multiplies the rate of AdamW's parameters by name; their weight decay a step, rate
-    times weight_decay, does not change. AdamW of float32 parameters on one GPU is
-    ``OneLaunchAdamW``, torch's own fused one elsewhere. compile_backend compiles the update of
-    bfloat16 moments. matrices is how muon works on matrices that lie on several processes; None has
-    them here.
+    times weight_decay, does not change. bfloat16 parameters with float32 states have float32 weights
+    beside them. AdamW on one GPU is ``OneLaunchAdamW``; elsewhere it is torch's own fused one, or
+    ``RoundedAdamW`` where anything is bfloat16, which compile_backend compiles. matrices is how muon
+    works on matrices that lie on several processes; None has them here.
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not named:
@@ -260,20 +279,15 @@ def _adamw(
         {"params": params, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale, _), params in found.items()
     ]
-    if config.states == "bfloat16":
-        return RoundedAdamW(
-            groups,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=0.0,
-            compile_backend=compile_backend,
-        )
     rates = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
-    if all(x.is_cuda and x.dtype == torch.float32 for x in named.values()):
-        first = next(iter(named.values())).device
-        if why_not(first) is None and all(x.device == first for x in named.values()):
-            return OneLaunchAdamW(groups, **rates)
+    states = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.states]
+    dtypes = {x.dtype for x in named.values()}
+    first = next(iter(named.values())).device
+    on_one_gpu = first.type == "cuda" and all(x.device == first for x in named.values())
+    if on_one_gpu and why_not(first) is None and dtypes <= {torch.float32, torch.bfloat16}:
+        return OneLaunchAdamW(groups, states=states, **rates)
+    if torch.bfloat16 in {states, *dtypes}:
+        return RoundedAdamW(groups, states=states, compile_backend=compile_backend, **rates)
     fused = all(value.device.type in ("cpu", "cuda") for value in named.values())
     return torch.optim.AdamW(groups, fused=fused, **rates)
 

@@ -1,4 +1,4 @@
-"""AdamW whose moments, and parameters if wanted, are bfloat16, rounded stochastically."""
+"""AdamW of bfloat16 parameters, moments or both."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +33,7 @@ def _update(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    master: Tensor | None,
     keep: Tensor,
     rate: Tensor,
     correction: Tensor,
@@ -47,18 +48,25 @@ def _update(
     for another graph.
     """
     beta1, beta2 = betas
-    grad, value = grad.float(), parameter.float()
+    grad = grad.float()
     if factor is not None:
         grad = grad * factor
-    first = exp_avg.float().lerp_(grad, 1 - beta1)
-    second = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    exp_avg.copy_(round_stochastically(first))
-    exp_avg_sq.copy_(round_stochastically(second))
-    value = value.mul_(keep).sub_(first.div_(second.mul_(correction).sqrt_().add_(eps)).mul_(rate))
-    if parameter.dtype == torch.bfloat16:
-        parameter.copy_(round_stochastically(value))
-    elif value is not parameter:
-        parameter.copy_(value)
+    first = exp_avg.float().lerp(grad, 1 - beta1)
+    second = (exp_avg_sq.float() * beta2).addcmul_(grad, grad, value=1 - beta2)
+    _keep(exp_avg, first)
+    _keep(exp_avg_sq, second)
+    value = (parameter if master is None else master).float() * keep
+    value -= first.div_(second.mul_(correction).sqrt_().add_(eps)).mul_(rate)
+    if master is None:
+        _keep(parameter, value)
+        return
+    master.copy_(value)
+    parameter.copy_(value)
+
+
+def _keep(x: Tensor, value: Tensor) -> None:
+    """Write float32 into x, rounded stochastically where that is bfloat16."""
+    x.copy_(round_stochastically(value) if x.dtype == torch.bfloat16 else value)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -72,6 +80,23 @@ def _flat(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(storage, offset, size)  # pyrefly: ignore[no-matching-overload]
 
 
+def noise_seed(parameter: Any, number: int, step: int) -> int:
+    """A seed for the random bits of one parameter's step, the same wherever the same share lies.
+
+    Args:
+        parameter: of any layout.
+        number: of the parameter in the optimizer, from 1.
+        step: of the parameter, from 1.
+    """
+    share = 0
+    if hasattr(parameter, "placements"):
+        mesh = parameter.device_mesh
+        for size, place, how in zip(mesh.shape, mesh.get_coordinate(), parameter.placements):
+            if not how.is_replicate():
+                share = share * size + place
+    return (step << 40) + (number << 20) + share
+
+
 @contextmanager
 def noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
     """Draw the same numbers on all ranks that hold the same share of a parameter.
@@ -82,12 +107,7 @@ def noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
     if not hasattr(parameter, "placements"):
         yield
         return
-    mesh, share = parameter.device_mesh, 0
-    for size, place, how in zip(mesh.shape, mesh.get_coordinate(), parameter.placements):
-        if not how.is_replicate():
-            share = share * size + place
-    device = own_share(parameter).device
-    seed = (step << 40) + (number << 20) + share
+    device, seed = own_share(parameter).device, noise_seed(parameter, number, step)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -96,16 +116,38 @@ def noise_of_share(parameter: Any, number: int, step: int) -> Iterator[None]:
         yield
 
 
+def state_keys(dtype: torch.dtype, states: torch.dtype) -> tuple[str, ...]:
+    """What the state of a parameter of a dtype holds beside moments of another.
+
+    "step" is on the CPU: it decides numbers of the host, and reading it must not wait. float32 moments
+    of a bfloat16 parameter have "master" beside them, the float32 weights that it is a copy of.
+    """
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    return (*keys, "master") if (dtype, states) == (torch.bfloat16, torch.float32) else keys
+
+
+def new_state(parameter: Tensor, states: torch.dtype) -> dict[str, Tensor]:
+    """The state of a parameter before its first step; see ``state_keys``."""
+    made = {"step": torch.zeros((), dtype=torch.float32)}
+    for key in state_keys(parameter.dtype, states)[1:]:
+        if key == "master":
+            made[key] = parameter.detach().float()
+        else:
+            made[key] = torch.zeros_like(parameter, dtype=states)
+    return made
+
+
 class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with 4 bytes of state a parameter, not 8.
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) of what is kept in bfloat16.
 
     m = beta_1 m + (1 - beta_1) g;  v = beta_2 v + (1 - beta_2) g^2;
     p = p (1 - lr decay) - lr (m / (1 - beta_1^t)) / (sqrt(v / (1 - beta_2^t)) + eps)
 
-    in float32, with m and v as they are before they are rounded for the next step. Parameters are
-    float32, or bfloat16 ones that are rounded the same way. One tensor at a time: what a step
-    allocates is a few float32 copies of the largest; compiled, it is one pass without any. Of
-    parameters that lie on several ranks each updates its share.
+    in float32. bfloat16 moments are rounded stochastically behind the step, and so are bfloat16 parameters
+    beside them. With float32 moments a bfloat16 parameter is the copy, rounded to the nearest, of
+    float32 weights in the state (Micikevicius et al. 2018, arXiv:1710.03740). One tensor at a time:
+    what a step allocates is a few float32 copies of the largest; compiled, it is one pass without
+    any. Of parameters that lie on several ranks each updates its share.
     """
 
     def __init__(
@@ -116,14 +158,16 @@ class RoundedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        states: torch.dtype = torch.bfloat16,
         compile_backend: str | None = None,
     ) -> None:
         """As torch.optim.AdamW; TypeError for parameters of another dtype.
 
-        compile_backend lets torch.compile make the graph of a step, for tensors of any size.
+        states is the dtype of the moments, bfloat16 or float32. compile_backend lets torch.compile make the graph of a step, for tensors of any size.
         """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        self.states = states
         self._update, self._compiled = _update, compile_backend is not None
         if compile_backend is not None:
             self._update = torch.compile(
@@ -133,8 +177,8 @@ class RoundedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.dtype not in (torch.float32, torch.bfloat16):
                     raise TypeError(
-                        f"a parameter is {parameter.dtype}; expected float32 or bfloat16 for "
-                        "bfloat16 moments; set optimizer.states = 'float32'"
+                        f"a parameter is {parameter.dtype}; expected float32 or bfloat16, which "
+                        "are what a step keeps its numbers in; cast the model"
                     )
 
     @torch.no_grad()
@@ -162,24 +206,25 @@ class RoundedAdamW(torch.optim.Optimizer):
     ) -> None:
         state, (beta1, beta2), lr = self.state[parameter], group["betas"], group["lr"]
         if not state:
-            # On the CPU: the step decides numbers of the host, and reading it must not wait.
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            state.update(new_state(parameter, self.states))
         state["step"] += 1
         step = int(state["step"])
         numbers = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / (1 - beta2**step))
-        held = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
-        own, change, *moments = (own_share(x) for x in held)
-        if not own.numel():
+        held = (parameter, grad.contiguous(), *(x for key, x in state.items() if key != "step"))
+        shares = [own_share(x) for x in held]
+        if not shares[0].numel():
             # Fewer rows than ranks.
             return
-        tensors = (own, change.contiguous(), *moments)
         if self._compiled:
-            tensors = tuple(_flat(x) for x in tensors)
+            shares = [_flat(x) for x in shares]
+        own, change, exp_avg, exp_avg_sq, *master = shares
         with noise_of_share(parameter, number, step):
             self._update(
-                *tensors,
+                own,
+                change,
+                exp_avg,
+                exp_avg_sq,
+                master[0] if master else None,
                 *(torch.tensor(value, dtype=torch.float32) for value in numbers),
                 factor=None if factor is None else factor.float(),
                 betas=(beta1, beta2),

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from transnormer.optim import gradient_norm
 from transnormer.optim.shares import own_share
 
 
@@ -59,7 +59,7 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for key, grads in groups.items():
         # A share may be empty, where there are fewer rows than ranks.
-        square = torch.nn.utils.get_total_norm([own_share(grad) for grad in grads]).square()
+        square = gradient_norm(own_share(grad) for grad in grads).square()
         if key is not None:
             mesh, placements = key
             for dim, placement in enumerate(placements):

@@ -74,12 +74,21 @@ def set_up(
             model, activation_memory=config.train.activation_memory, whole=sync.whole_graphs
         )
     model = sync.wrap(model, values)
+    if dtype is not None and config.optimizer.states == "float32" and sync.devices == 1:
+        _sum_in_float32(model, config)
     rates = {name: scale.lr for name, scale in scales.items()}
     backend = "inductor" if config.train.compile else None
     optimizer = build_optimizer(
         model, config.optimizer, rates, compile_backend=backend, matrices=sync.matrices()
     )
     return Trained(model, optimizer)
+
+
+def _sum_in_float32(model: checkpoint.AnyModel, config: RunConfig) -> None:
+    """Let gradients of bfloat16 weights be float32 where those of several passes add up."""
+    if config.micro_batch < config.samples_per_step or config.train.segment_tokens is not None:
+        for parameter in model.parameters():
+            parameter.grad_dtype = torch.float32
 
 
 def _begin(

@@ -20,7 +20,13 @@ from transnormer.train.objective_config import (
     ObjectiveConfig,
 )
 from transnormer.train.profiling import ProfileConfig
-from transnormer.train.recipe_checks import check_float8, check_lines, check_lora, check_outer
+from transnormer.train.recipe_checks import (
+    check_float8,
+    check_lines,
+    check_lora,
+    check_outer,
+    check_weights,
+)
 from transnormer.train.train_config import TrainConfig
 
 _SIZES = ("model_dim", "num_layers", "heads", "glu_dim")
@@ -266,12 +272,7 @@ class RunConfig(Config):
         check_lora(self)
         check_float8(self)
         check_outer(self)
-        half = (self.optimizer.states, self.train.precision) == ("bfloat16", "bfloat16")
-        if self.train.weights == "bfloat16" and not half:
-            raise ValueError(
-                "train.weights is 'bfloat16'; expected 'float32' unless optimizer.states and "
-                "train.precision are 'bfloat16': plain updates are too small for such weights"
-            )
+        check_weights(self)
         if self.optimizer.base_dim is not None and self.model.init_from is not None:
             raise ValueError(
                 f"optimizer.base_dim is {self.optimizer.base_dim} beside model.init_from; expected "

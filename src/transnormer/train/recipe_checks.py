@@ -82,6 +82,27 @@ def check_float8(config: "RunConfig") -> None:
             )
 
 
+def check_weights(config: "RunConfig") -> None:
+    """Raise ValueError for bfloat16 weights whose small updates would be lost, or overwritten."""
+    if config.train.weights != "bfloat16":
+        return
+    for key, value, only, why in (
+        ("train.precision", config.train.precision, "bfloat16", "they are what is multiplied"),
+        ("optimizer.name", config.optimizer.name, "adamw", "plain updates are too small for them"),
+    ):
+        if value != only:
+            raise ValueError(
+                f"{key} is {value!r} beside train.weights = 'bfloat16'; expected {only!r}: {why}; "
+                "change it, or leave train.weights out"
+            )
+    if config.parallel.outer is not None and config.optimizer.states == "float32":
+        raise ValueError(
+            "optimizer.states is 'float32' beside train.weights = 'bfloat16' and [parallel.outer]; "
+            "expected 'bfloat16': an outer step moves the weights, not the float32 ones that the "
+            "optimizer would round over them; change it, or leave train.weights out"
+        )
+
+
 def check_lora(config: "RunConfig") -> None:
     """Raise ValueError where adapters cannot be trained as the rest of the recipe says."""
     if config.lora is None:

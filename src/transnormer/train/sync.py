@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from transnormer.models.checkpoint import AnyModel
-from transnormer.optim import Optimizer, WholeMatrices
+from transnormer.optim import Optimizer, WholeMatrices, gradient_norm
 from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.one_model import OneModel
 from transnormer.parallel.outer_config import OuterReport
@@ -170,7 +169,7 @@ class OneProcess(OneModel):
 
     def total_norm(self, model: AnyModel) -> Tensor:
         """Return the norm of the gradient."""
-        return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return gradient_norm(p.grad for p in model.parameters() if p.grad is not None)
 
     def whole(self, model: AnyModel, optimizer: Optimizer) -> tuple[AnyModel, Mapping[str, Tensor]]:
         """Return what there is."""

@@ -24,9 +24,10 @@ class TrainConfig(Config):
         save_async: write checkpoints beside the training, from a copy in the host's memory of what
             each process holds of weights and optimizer; false waits for them and needs no copy.
         precision: `auto` is bfloat16 autocast on a GPU and on a CPU with AMX, float32 elsewhere.
-        weights: what parameters and their gradients are kept in. `bfloat16` halves both, and wants
-            `optimizer.states` and `precision` to be bfloat16 too: updates are then rounded
-            stochastically, none is lost.
+        weights: what parameters and their gradients are kept in. `bfloat16` halves both and wants
+            `precision` to be bfloat16: no pass casts a weight. With float32 `optimizer.states` the
+            optimizer keeps the weights in float32 too; with bfloat16 ones updates are rounded
+            stochastically, so that none is lost.
         float8: recipe of the blocks' large products in training: each factor rounded to 8 bits by
             a scale (models/float8.py); `none` leaves them in `precision`. Weights, gradients and
             states keep their dtypes.

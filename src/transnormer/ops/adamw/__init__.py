@@ -8,6 +8,8 @@ from torch import Tensor
 
 from transnormer.ops.kernel_devices import why_not_named
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
 
 class Numbers(NamedTuple):
     """What one parameter's step takes beside its tensors, at step t of rate lr.
@@ -27,12 +29,14 @@ class ManyTensors:
     """Parameters and moments whose steps are made in one launch, wherever they lie.
 
     m = beta_1 m + (1 - beta_1) g;  v = beta_2 v + (1 - beta_2) g^2;
-    p = keep p - rate m / (sqrt(correction v) + eps),    g the gradient times a factor,
+    w = keep w - rate m / (sqrt(correction v) + eps),    g the gradient times a factor,
 
-    in float32 (Loshchilov and Hutter 2017, arXiv:1711.05101). The gradients themselves are read once
-    and stay as they are: clipping by the factor costs nothing. The host looks at addresses alone; what
-    it sends to the device beside the launch is a table of them, when gradients have moved, and three
-    numbers a tensor.
+    in float32 (Loshchilov and Hutter 2017, arXiv:1711.05101). w is the parameter, or float32 weights
+    beside it, of which a bfloat16 parameter is the rounded copy. bfloat16 moments, and parameters without
+    such weights, are rounded stochastically behind the step, by a seed a tensor. The gradients themselves
+    are read once and stay as they are: clipping by the factor costs nothing. The host looks at addresses
+    alone; what it sends to the device beside the launch is a table of them, when gradients have moved,
+    and a few numbers a tensor.
     """
 
     def __init__(
@@ -40,22 +44,41 @@ class ManyTensors:
         parameters: Sequence[Tensor],
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
+        weights: Sequence[Tensor] | None = None,
     ) -> None:
-        """Take the tensors, float32, contiguous, on one GPU; their memory must stay theirs.
+        """Take the tensors, contiguous, on one GPU; their memory must stay theirs.
+
+        Args:
+            parameters: float32 or bfloat16, all in one.
+            exp_avgs, exp_avg_sqs: their moments, float32 or bfloat16, all in one.
+            weights: float32, of which bfloat16 parameters are copies.
 
         Raises:
             ValueError: a tensor that is not contiguous, moments of another size.
-            TypeError: another dtype.
+            TypeError: another dtype, or several; weights beside float32 parameters.
             RuntimeError: kernels cannot run there.
         """
-        self._tensors = tuple(zip(parameters, exp_avgs, exp_avg_sqs, strict=True))
+        kinds = [parameters, exp_avgs, exp_avg_sqs] + ([] if weights is None else [weights])
+        self._tensors = tuple(zip(*kinds, strict=True))
         self._device = parameters[0].device
         if (reason := why_not(self._device)) is not None:
             raise RuntimeError(reason)
+        self._dtype, self._moments = parameters[0].dtype, exp_avgs[0].dtype
+        self._copies = weights is not None
+        if self._copies and self._dtype != torch.bfloat16:
+            raise TypeError(f"parameters beside weights are {self._dtype}; expected torch.bfloat16")
+        self.rounds = self._moments != torch.float32 or (
+            self._dtype != torch.float32 and not self._copies
+        )
+        dtypes = (self._dtype, self._moments, self._moments, torch.float32)
         for tensors in self._tensors:
-            for x in tensors:
-                _check(x, tensors[0])
-        self._fixed = [(p.data_ptr(), m.data_ptr(), v.data_ptr()) for p, m, v in self._tensors]
+            for x, dtype in zip(tensors, dtypes):
+                if dtype not in _DTYPES:
+                    raise TypeError(
+                        f"a tensor is {dtype}; expected torch.float32 or torch.bfloat16"
+                    )
+                _check(x, tensors[0], dtype)
+        self._fixed = [tuple(x.data_ptr() for x in tensors) for tensors in self._tensors]
         from transnormer.ops.adamw.triton_adamw import tiles_of
 
         self._tiles = tiles_of([x.numel() for x in parameters]).to(self._device)
@@ -63,9 +86,9 @@ class ManyTensors:
         self._read: list[int] = []
         self._table = torch.empty(0)
 
-    def are(self, tensors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> bool:
-        """Whether these (parameter, m, v) are the tensors taken, at the same places."""
-        return [tuple(x.data_ptr() for x in three) for three in tensors] == self._fixed
+    def are(self, tensors: Sequence[tuple[Tensor, ...]]) -> bool:
+        """Whether these (parameter, m, v, w if any) are the tensors taken, at the same places."""
+        return [tuple(x.data_ptr() for x in some) for some in tensors] == self._fixed
 
     def prepare(
         self,
@@ -74,37 +97,52 @@ class ManyTensors:
         betas: tuple[float, float],
         eps: float,
         factor: Tensor | None = None,
+        seeds: Sequence[int] = (),
     ) -> Callable[[], None]:
         """Return what makes a step, once, before the next one is prepared.
 
         Args:
-            grads: of the parameters; one that is None leaves its parameter and moments.
+            grads: of the parameters, in their dtype or all in float32; one that is None leaves its
+                parameter and moments.
             numbers: of each parameter.
             betas, eps: of all.
             factor: float32 [], on the device: by which gradients are multiplied; None is 1.
+            seeds: of each parameter's random bits, where ``rounds``: another one for each step.
 
         Raises:
-            ValueError, TypeError: a gradient of another shape or dtype.
+            ValueError, TypeError: a gradient of another shape or dtype, seeds that are missing.
         """
         from transnormer.ops.adamw import triton_adamw
 
+        if self.rounds and len(seeds) != len(self._tensors):
+            raise ValueError(
+                f"seeds are {len(seeds)}; expected {len(self._tensors)}, one a parameter"
+            )
         # A copy lives until the launch, by the result.
         grads = [None if g is None else g.contiguous() for g in grads]
-        for grad, (parameter, _, _) in zip(grads, self._tensors, strict=True):
+        wide = any(g is not None and g.dtype == torch.float32 for g in grads)
+        read_as = torch.float32 if wide else self._dtype
+        for grad, tensors in zip(grads, self._tensors, strict=True):
             if grad is not None:
-                _check(grad, parameter)
+                _check(grad, tensors[0], read_as)
         read = [0 if g is None else g.data_ptr() for g in grads]
         if read != self._read:
             rows = [
-                (p, g, m, v, tensors[0].numel())
-                for g, (p, m, v), tensors in zip(read, self._fixed, self._tensors, strict=True)
+                (p, g, m, v, w[0] if w else 0, tensors[0].numel())
+                for g, (p, m, v, *w), tensors in zip(read, self._fixed, self._tensors, strict=True)
             ]
             self._table, self._read = self._sent(rows, torch.int64), read
         table, sent = self._table, self._sent(list(numbers), torch.float32)
+        drawn = self._sent(list(seeds), torch.int64) if self.rounds else table
         scale = self._one if factor is None else factor.to(self._device, torch.float32)
+        dtypes = (self._dtype, read_as, self._moments)
 
         def step(held: Sequence[Tensor | None] = grads) -> None:
-            triton_adamw.step(table, self._tiles, sent, scale, betas, eps)
+            # A rank's shares may all be empty.
+            if self._tiles.shape[0]:
+                triton_adamw.step(
+                    table, self._tiles, sent, drawn, scale, betas, eps, dtypes, self._copies
+                )
 
         return step
 
@@ -119,9 +157,9 @@ def why_not(device: torch.device) -> str | None:
     return why_not_named(device, True)
 
 
-def _check(x: Tensor, like: Tensor) -> None:
-    if x.dtype != torch.float32:
-        raise TypeError(f"a tensor is {x.dtype}; expected torch.float32")
+def _check(x: Tensor, like: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype != dtype:
+        raise TypeError(f"a tensor is {x.dtype}; expected {dtype}")
     if x.shape != like.shape or x.device != like.device or not x.is_contiguous():
         raise ValueError(
             f"a tensor of shape {list(x.shape)}, strides {x.stride()}, on {x.device}; expected shape "
