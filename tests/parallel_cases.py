@@ -319,7 +319,13 @@ def run_in_layout(
     group: dist.ProcessGroup, config: RunConfig, axes: Axes, resume: bool
 ) -> tuple[int, bool]:
     """A whole run in a layout; the steps done, and whether this rank wrote anything."""
-    layout = Layout(axes, torch.device("cpu"))
+    half = config.train.precision == "bfloat16"
+    layout = Layout(
+        axes,
+        torch.device("cpu"),
+        gather_dtype=torch.bfloat16 if half else None,
+        keeps_rest=config.train.weights == "bfloat16" and config.optimizer.states == "float32",
+    )
     notes = Notes()
     result = run_training(
         config, resume=resume, evaluate=constant_evaluation, progress=notes, sync=layout

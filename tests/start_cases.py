@@ -51,21 +51,35 @@ def begin(
     """Set a run up on the processes of a group, or on one process (None).
 
     Returns:
-        what one process would have: "model", the whole tensors, on rank 0; and of each rank its
+        what one process would have: "model", the whole tensors, with what is left over of weights
+        that are rounded ("name/remainder"), on rank 0; and of each rank its
         "buffers", the next "random" number, and the most bytes that were "held" at once.
     """
     sync: Any = OneProcess()
     if group is not None:
         kind = Layout if run.lora is None else AdapterLayout
-        sync = build_layout(run.parallel, dist.get_world_size(group), CPU, kind=kind)
+        rest = (run.train.weights, run.optimizer.states) == ("bfloat16", "float32")
+        sync = build_layout(
+            run.parallel, dist.get_world_size(group), CPU, keeps_rest=rest, kind=kind
+        )
     objective: Any = Fresh(run, config)
     torch.manual_seed(run.train.seed)
     with Held() as held:
         model, optimizer = set_up(run, objective, found, CPU, sync)
     random = torch.rand(1)
+    if run.train.weights == "bfloat16":
+        # A step that changes nothing, behind which there are states.
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.set_lr(0.0)
+        optimizer.step()
     whole = sync.whole(model, optimizer)
+    tensors = {}
+    if whole is not None:
+        tensors = {name: x.clone() for name, x in whole[0].state_dict().items()}
+        tensors |= {name: x for name, x in whole[1].items() if name.endswith("/remainder")}
     return {
-        "model": {} if whole is None else {n: x.clone() for n, x in whole[0].state_dict().items()},
+        "model": tensors,
         "buffers": dict(model.named_buffers()),
         "random": random,
         "held": held.most,

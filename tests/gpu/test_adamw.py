@@ -11,6 +11,7 @@ from transnormer.models import zoo
 from transnormer.models.decoder import Decoder
 from transnormer.optim import OptimizerConfig, build_optimizer, clip_factor, gradient_norm
 from transnormer.optim.one_launch_adamw import OneLaunchAdamW
+from transnormer.optim.split_weights import joined
 
 pytestmark = pytest.mark.gpu
 
@@ -44,17 +45,19 @@ def test_a_models_steps_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("grads", [torch.bfloat16, torch.float32])
-def test_bfloat16_weights_are_copies_of_those_that_step(grads: torch.dtype) -> None:
+def test_bfloat16_weights_and_their_rest_step_in_float32(grads: torch.dtype) -> None:
     model = small().to(torch.bfloat16)
     exact = copy.deepcopy(model).double()
     config = OptimizerConfig(lr=1e-2)
     ours, theirs = build_optimizer(model, config), build_optimizer(exact, config)
     assert isinstance(ours._parts[0], OneLaunchAdamW)
-    for x in model.parameters():
+    halves = [x for x in model.parameters() if x.dtype == torch.bfloat16]
+    for x in halves:
         x.grad_dtype = grads
     for _ in range(3):
         for x, y in zip(model.parameters(), exact.parameters(), strict=True):
-            x.grad = torch.randn(x.numel() + 1, device="cuda").to(grads)[1:].view_as(x)
+            drawn = torch.randn(x.numel() + 1, device="cuda")[1:].view_as(x)
+            x.grad = drawn.to(grads if x.dtype == torch.bfloat16 else x.dtype)
             y.grad = x.grad.double()
         norm = gradient_norm(x.grad for x in model.parameters() if x.grad is not None)
         assert_close(
@@ -67,9 +70,9 @@ def test_bfloat16_weights_are_copies_of_those_that_step(grads: torch.dtype) -> N
     states, expected = ours.state_tensors(), theirs.state_tensors()
     for (name, x), y in zip(model.named_parameters(), exact.parameters(), strict=True):
         # Angles stay float32.
-        master = states.get(f"{name}/master", x.detach())
-        assert_close(master, y.detach(), limit=ADAMW, name=name)
-        assert torch.equal(x.detach(), master.to(x.dtype))
+        rest = states.get(f"{name}/remainder")
+        weights = x.detach() if rest is None else joined(x.detach(), rest)
+        assert_close(weights, y.detach(), limit=ADAMW, name=name)
         for key in ("exp_avg", "exp_avg_sq"):
             assert_close(states[f"{name}/{key}"], expected[f"{name}/{key}"], limit=ADAMW, name=name)
 

@@ -57,7 +57,7 @@ def test_every_layout_begins_with_the_weights_of_one_process(
 
 
 @pytest.mark.parametrize("name", ["dp4", "dp2-tp2"])
-@pytest.mark.parametrize("how", ["scaled", "bfloat16", "compiled"])
+@pytest.mark.parametrize("how", ["scaled", "bfloat16", "rest", "compiled"])
 def test_scaled_and_rounded_models_begin_with_the_weights_of_one_process(
     ranks: Ranks, tmp_path: Path, name: str, how: str
 ) -> None:
@@ -68,6 +68,7 @@ def test_scaled_and_rounded_models_begin_with_the_weights_of_one_process(
             "optimizer.states=bfloat16",
             "train.precision=bfloat16",
         ],
+        "rest": ["train.weights=bfloat16", "train.precision=bfloat16"],
         "compiled": ["train.compile=true"],
     }[how]
     check(

@@ -33,8 +33,8 @@ class OneLaunchAdamW(torch.optim.Optimizer):
     ) -> None:
         """As torch.optim.AdamW; ValueError for a group with betas or eps of its own.
 
-        states is the dtype of the moments; float32 ones of a bfloat16 parameter have float32
-        weights beside them.
+        states is the dtype of the moments; beside float32 ones of a bfloat16 parameter lies the rest
+        of its float32 weights.
         """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
@@ -125,7 +125,7 @@ class _Parameter(NamedTuple):
         return None if grad is None else own_share(grad)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """This rank's shares: parameter, moments, weights if there are any."""
+        """This rank's shares: parameter, moments, remainder if there is one."""
         held = (self.parameter, *(x for key, x in self.state.items() if key != "step"))
         return tuple(own_share(x) for x in held)
 

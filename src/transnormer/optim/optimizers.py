@@ -235,8 +235,8 @@ def build_optimizer(
     matrix is orthogonalised as it is stored: q, k, v and gate, which are one, together.
 
     lr_scales multiplies the rate of AdamW's parameters by name; their weight decay a step, rate
-    times weight_decay, does not change. bfloat16 parameters with float32 states have float32 weights
-    beside them. AdamW on one GPU is ``OneLaunchAdamW``; elsewhere it is torch's own fused one, or
+    times weight_decay, does not change. bfloat16 parameters with float32 states are the upper half
+    of float32 weights (``split_weights``). AdamW on one GPU is ``OneLaunchAdamW``; elsewhere it is torch's own fused one, or
     ``RoundedAdamW`` where anything is bfloat16, which compile_backend compiles. matrices is how muon
     works on matrices that lie on several processes; None has them here.
     """

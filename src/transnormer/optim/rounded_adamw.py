@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from transnormer.optim.shares import own_share
+from transnormer.optim.split_weights import joined, split, take_remainder
 
 # The bits of a float32 that a bfloat16 does not have.
 _LOW_BITS = 16
@@ -33,7 +34,7 @@ def _update(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    master: Tensor | None,
+    remainder: Tensor | None,
     keep: Tensor,
     rate: Tensor,
     correction: Tensor,
@@ -55,13 +56,13 @@ def _update(
     second = (exp_avg_sq.float() * beta2).addcmul_(grad, grad, value=1 - beta2)
     _keep(exp_avg, first)
     _keep(exp_avg_sq, second)
-    value = (parameter if master is None else master).float() * keep
+    value = (parameter.float() if remainder is None else joined(parameter, remainder)) * keep
     value -= first.div_(second.mul_(correction).sqrt_().add_(eps)).mul_(rate)
-    if master is None:
+    if remainder is None:
         _keep(parameter, value)
         return
-    master.copy_(value)
-    parameter.copy_(value)
+    for x, half in zip((parameter, remainder), split(value), strict=True):
+        x.copy_(half)
 
 
 def _keep(x: Tensor, value: Tensor) -> None:
@@ -120,20 +121,21 @@ def state_keys(dtype: torch.dtype, states: torch.dtype) -> tuple[str, ...]:
     """What the state of a parameter of a dtype holds beside moments of another.
 
     "step" is on the CPU: it decides numbers of the host, and reading it must not wait. float32 moments
-    of a bfloat16 parameter have "master" beside them, the float32 weights that it is a copy of.
+    of a bfloat16 parameter have "remainder" beside them, int16: what it rounds away of float32 weights.
     """
     keys = ("step", "exp_avg", "exp_avg_sq")
-    return (*keys, "master") if (dtype, states) == (torch.bfloat16, torch.float32) else keys
+    return (*keys, "remainder") if (dtype, states) == (torch.bfloat16, torch.float32) else keys
 
 
 def new_state(parameter: Tensor, states: torch.dtype) -> dict[str, Tensor]:
     """The state of a parameter before its first step; see ``state_keys``."""
     made = {"step": torch.zeros((), dtype=torch.float32)}
     for key in state_keys(parameter.dtype, states)[1:]:
-        if key == "master":
-            made[key] = parameter.detach().float()
-        else:
-            made[key] = torch.zeros_like(parameter, dtype=states)
+        dtype = torch.int16 if key == "remainder" else states
+        made[key] = torch.zeros_like(parameter, dtype=dtype)
+    low = take_remainder(parameter)
+    if low is not None and "remainder" in made:
+        made["remainder"] = low
     return made
 
 
@@ -144,8 +146,8 @@ class RoundedAdamW(torch.optim.Optimizer):
     p = p (1 - lr decay) - lr (m / (1 - beta_1^t)) / (sqrt(v / (1 - beta_2^t)) + eps)
 
     in float32. bfloat16 moments are rounded stochastically behind the step, and so are bfloat16 parameters
-    beside them. With float32 moments a bfloat16 parameter is the copy, rounded to the nearest, of
-    float32 weights in the state (Micikevicius et al. 2018, arXiv:1710.03740). One tensor at a time:
+    beside them. With float32 moments a bfloat16 parameter is the upper half of float32 weights,
+    whose rest is in the state (``split_weights``). One tensor at a time:
     what a step allocates is a few float32 copies of the largest; compiled, it is one pass without
     any. Of parameters that lie on several ranks each updates its share.
     """
@@ -217,14 +219,14 @@ class RoundedAdamW(torch.optim.Optimizer):
             return
         if self._compiled:
             shares = [_flat(x) for x in shares]
-        own, change, exp_avg, exp_avg_sq, *master = shares
+        own, change, exp_avg, exp_avg_sq, *remainder = shares
         with noise_of_share(parameter, number, step):
             self._update(
                 own,
                 change,
                 exp_avg,
                 exp_avg_sq,
-                master[0] if master else None,
+                remainder[0] if remainder else None,
                 *(torch.tensor(value, dtype=torch.float32) for value in numbers),
                 factor=None if factor is None else factor.float(),
                 betas=(beta1, beta2),

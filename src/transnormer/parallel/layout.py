@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transnormer.models.classifier import SequenceClassifier
 from transnormer.models.decoder import Decoder
 from transnormer.optim import Optimizer, WholeMatrices
+from transnormer.optim.split_weights import leave_remainder, split
 from transnormer.parallel.fsdp import apply_fsdp
 from transnormer.parallel.host_copies import HostCopies
 from transnormer.parallel.mesh import Axes, build_meshes
@@ -55,6 +56,7 @@ class Layout(OneModel):
         overlap: bool = False,
         cut_residual: bool = False,
         gather_dtype: torch.dtype | None = None,
+        keeps_rest: bool = False,
     ) -> None:
         """Lay the started processes out; every process calls it.
 
@@ -64,6 +66,8 @@ class Layout(OneModel):
             exchange, overlap: of ``apply_sequence_parallel``.
             cut_residual: of ``apply_tensor_parallel``.
             gather_dtype: of ``apply_fsdp``.
+            keeps_rest: leave beside bfloat16 parameters what they round away of the values that
+                ``wrap`` fills them with (``optim.split_weights``).
 
         Raises:
             ValueError: the axes do not fit the number of processes.
@@ -72,7 +76,7 @@ class Layout(OneModel):
         self._meshes = build_meshes(axes, device.type)
         self._exchange: Exchange = exchange
         self._overlap, self._gather_dtype = overlap, gather_dtype
-        self._cut_residual = cut_residual
+        self._cut_residual, self._keeps_rest = cut_residual, keeps_rest
         dp = self._meshes.tokens["dp"]
         self._dp = dp.get_group()
         self.rank, self.world_size = dp.get_local_rank(), dp.size()
@@ -143,8 +147,28 @@ class Layout(OneModel):
         # As to_empty, but for what is real.
         model._apply(lambda x: torch.empty_like(x, device=self._device) if x.is_meta else x)
         shares = self._shares(model.state_dict())
+        rest = self._shares(self._rest_of(model))
         for some in values:
-            fill_all({name: shares[name] for name in some}, some)
+            halves = {
+                name: split(x)
+                for name, x in some.items()
+                if name in rest and x.dtype == torch.float32
+            }
+            low = {name: half for name, (_, half) in halves.items()}
+            fill_all({name: rest[name] for name in low}, low)
+            high = {name: halves[name][0] if name in halves else x for name, x in some.items()}
+            fill_all({name: shares[name] for name in high}, high)
+
+    def _rest_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """Zeros beside bfloat16 parameters, for what these round away; none where nobody keeps it."""
+        if not self._keeps_rest:
+            return {}
+        made = {}
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.bfloat16:
+                made[name] = torch.zeros_like(parameter.detach(), dtype=torch.int16)
+                leave_remainder(parameter, made[name])
+        return made
 
     def _between_hosts(self) -> dist.ProcessGroup:
         """A group between the hosts of the ranks that share sequences."""

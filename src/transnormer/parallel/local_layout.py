@@ -45,6 +45,7 @@ def build_layout(
     device: torch.device,
     *,
     gather_dtype: torch.dtype | None = None,
+    keeps_rest: bool = False,
     kind: type[Layout] = Layout,
 ) -> Layout:
     """Lay the started processes out as a [parallel] table says; every process calls it.
@@ -54,6 +55,7 @@ def build_layout(
         processes: that were started.
         device: of this process.
         gather_dtype: of ``apply_fsdp``.
+        keeps_rest: of ``Layout``.
         kind: of what copies that do not go apart are laid out by.
 
     Raises:
@@ -69,6 +71,7 @@ def build_layout(
         overlap=config.sp_overlap,
         cut_residual=config.tp_residual == "cut",
         gather_dtype=gather_dtype,
+        keeps_rest=keeps_rest,
     )
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -32,13 +33,28 @@ def gather_whole(tensors: Mapping[str, Tensor], *, everywhere: bool = False) -> 
     try:
         for name, x in tensors.items():
             x = x.detach()
-            full = x.full_tensor() if isinstance(x, DTensor) else x
+            full = _full(x) if isinstance(x, DTensor) else x
             if keeps:
                 whole[name] = full.to("cpu", copy=True)
             del full
     finally:
         logger.setLevel(level)
     return whole
+
+
+def _full(x: DTensor) -> Tensor:
+    if x.dtype != torch.int16:
+        return x.full_tensor()
+    # No backend gathers these; their bits pass as those of bfloat16.
+    as_bits = DTensor.from_local(
+        x.to_local().view(torch.bfloat16),
+        x.device_mesh,
+        x.placements,
+        run_check=False,
+        shape=x.shape,
+        stride=x.stride(),
+    )
+    return as_bits.full_tensor().view(torch.int16)
 
 
 def total_norm(parameters: Iterable[Tensor]) -> Tensor:

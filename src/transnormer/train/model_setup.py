@@ -18,6 +18,7 @@ from transnormer.models.initial_values import build_on_meta, initial_values
 from transnormer.models.recompute import set_checkpointing
 from transnormer.models.width import Scale, scale_initial_values, width_scales
 from transnormer.optim import Optimizer, build_optimizer
+from transnormer.optim.split_weights import leave_remainder, split
 from transnormer.train.adapters import add_adapters, beside_adapters
 from transnormer.train.objectives import Objective
 from transnormer.train.objectives.base import initial_weights
@@ -60,6 +61,8 @@ def set_up(
         if values is not None:
             values = map(partial(beside_adapters, model), values)
     dtype = torch.bfloat16 if config.train.weights == "bfloat16" else None
+    keeps_rest = dtype is not None and config.optimizer.states == "float32"
+    exact = dict(model.state_dict()) if keeps_rest else {}
     # As Module.to, but for what has no memory yet.
     model._apply(
         lambda x: x.to("meta" if x.is_meta else device, dtype if x.is_floating_point() else None)
@@ -74,7 +77,8 @@ def set_up(
             model, activation_memory=config.train.activation_memory, whole=sync.whole_graphs
         )
     model = sync.wrap(model, values)
-    if dtype is not None and config.optimizer.states == "float32" and sync.devices == 1:
+    if keeps_rest and sync.devices == 1:
+        _keep_rest(model, exact)
         _sum_in_float32(model, config)
     rates = {name: scale.lr for name, scale in scales.items()}
     backend = "inductor" if config.train.compile else None
@@ -82,6 +86,16 @@ def set_up(
         model, config.optimizer, rates, compile_backend=backend, matrices=sync.matrices()
     )
     return Trained(model, optimizer)
+
+
+@torch.no_grad()
+def _keep_rest(model: checkpoint.AnyModel, exact: Mapping[str, Tensor]) -> None:
+    """Leave beside bfloat16 parameters what they round away of the weights that they were."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.bfloat16 and exact[name].dtype == torch.float32:
+            high, low = split(exact[name].to(parameter.device))
+            parameter.copy_(high)
+            leave_remainder(parameter, low)
 
 
 def _sum_in_float32(model: checkpoint.AnyModel, config: RunConfig) -> None:

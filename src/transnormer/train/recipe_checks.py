@@ -98,8 +98,8 @@ def check_weights(config: "RunConfig") -> None:
     if config.parallel.outer is not None and config.optimizer.states == "float32":
         raise ValueError(
             "optimizer.states is 'float32' beside train.weights = 'bfloat16' and [parallel.outer]; "
-            "expected 'bfloat16': an outer step moves the weights, not the float32 ones that the "
-            "optimizer would round over them; change it, or leave train.weights out"
+            "expected 'bfloat16': an outer step moves the weights, not the rest of them that the "
+            "optimizer keeps; change it, or leave train.weights out"
         )
 
 

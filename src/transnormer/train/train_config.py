@@ -26,8 +26,8 @@ class TrainConfig(Config):
         precision: `auto` is bfloat16 autocast on a GPU and on a CPU with AMX, float32 elsewhere.
         weights: what parameters and their gradients are kept in. `bfloat16` halves both and wants
             `precision` to be bfloat16: no pass casts a weight. With float32 `optimizer.states` the
-            optimizer keeps the weights in float32 too; with bfloat16 ones updates are rounded
-            stochastically, so that none is lost.
+            optimizer keeps what they round away, so that updates are those of float32 weights; with
+            bfloat16 ones they are rounded stochastically, so that none is lost.
         float8: recipe of the blocks' large products in training: each factor rounded to 8 bits by
             a scale (models/float8.py); `none` leaves them in `precision`. Weights, gradients and
             states keep their dtypes.

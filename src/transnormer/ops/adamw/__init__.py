@@ -31,10 +31,10 @@ class ManyTensors:
     m = beta_1 m + (1 - beta_1) g;  v = beta_2 v + (1 - beta_2) g^2;
     w = keep w - rate m / (sqrt(correction v) + eps),    g the gradient times a factor,
 
-    in float32 (Loshchilov and Hutter 2017, arXiv:1711.05101). w is the parameter, or float32 weights
-    beside it, of which a bfloat16 parameter is the rounded copy. bfloat16 moments, and parameters without
-    such weights, are rounded stochastically behind the step, by a seed a tensor. The gradients themselves
-    are read once and stay as they are: clipping by the factor costs nothing. The host looks at addresses
+    in float32 (Loshchilov and Hutter 2017, arXiv:1711.05101). w is the parameter, or a bfloat16 one with the
+    remainder of float32 weights beside it (``optim.split_weights``). bfloat16 moments, and bfloat16
+    parameters without remainders, are rounded stochastically behind the step, by a seed a tensor. The
+    gradients themselves are read once and stay as they are: clipping by the factor costs nothing. The host looks at addresses
     alone; what it sends to the device beside the launch is a table of them, when gradients have moved,
     and a few numbers a tensor.
     """
@@ -44,39 +44,35 @@ class ManyTensors:
         parameters: Sequence[Tensor],
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
-        weights: Sequence[Tensor] | None = None,
+        remainders: Sequence[Tensor] | None = None,
     ) -> None:
         """Take the tensors, contiguous, on one GPU; their memory must stay theirs.
 
         Args:
             parameters: float32 or bfloat16, all in one.
             exp_avgs, exp_avg_sqs: their moments, float32 or bfloat16, all in one.
-            weights: float32, of which bfloat16 parameters are copies.
+            remainders: int16, of the weights that bfloat16 parameters round.
 
         Raises:
             ValueError: a tensor that is not contiguous, moments of another size.
-            TypeError: another dtype, or several; weights beside float32 parameters.
+            TypeError: another dtype, or several; remainders beside float32 parameters.
             RuntimeError: kernels cannot run there.
         """
-        kinds = [parameters, exp_avgs, exp_avg_sqs] + ([] if weights is None else [weights])
+        kinds = [parameters, exp_avgs, exp_avg_sqs] + ([] if remainders is None else [remainders])
         self._tensors = tuple(zip(*kinds, strict=True))
         self._device = parameters[0].device
         if (reason := why_not(self._device)) is not None:
             raise RuntimeError(reason)
         self._dtype, self._moments = parameters[0].dtype, exp_avgs[0].dtype
-        self._copies = weights is not None
-        if self._copies and self._dtype != torch.bfloat16:
-            raise TypeError(f"parameters beside weights are {self._dtype}; expected torch.bfloat16")
-        self.rounds = self._moments != torch.float32 or (
-            self._dtype != torch.float32 and not self._copies
-        )
-        dtypes = (self._dtype, self._moments, self._moments, torch.float32)
+        self._split = remainders is not None
+        if self._split and self._dtype != torch.bfloat16:
+            raise TypeError(f"parameters of remainders are {self._dtype}; expected torch.bfloat16")
+        self.rounds = torch.bfloat16 in (self._moments, None if self._split else self._dtype)
+        if other := {self._dtype, self._moments}.difference(_DTYPES):
+            raise TypeError(f"a tensor is {other.pop()}; expected torch.float32 or torch.bfloat16")
+        dtypes = (self._dtype, self._moments, self._moments, torch.int16)
         for tensors in self._tensors:
             for x, dtype in zip(tensors, dtypes):
-                if dtype not in _DTYPES:
-                    raise TypeError(
-                        f"a tensor is {dtype}; expected torch.float32 or torch.bfloat16"
-                    )
                 _check(x, tensors[0], dtype)
         self._fixed = [tuple(x.data_ptr() for x in tensors) for tensors in self._tensors]
         from transnormer.ops.adamw.triton_adamw import tiles_of
@@ -87,7 +83,7 @@ class ManyTensors:
         self._table = torch.empty(0)
 
     def are(self, tensors: Sequence[tuple[Tensor, ...]]) -> bool:
-        """Whether these (parameter, m, v, w if any) are the tensors taken, at the same places."""
+        """Whether these (parameter, m, v, remainder if any) are the tensors taken, at the same places."""
         return [tuple(x.data_ptr() for x in some) for some in tensors] == self._fixed
 
     def prepare(
@@ -128,8 +124,8 @@ class ManyTensors:
         read = [0 if g is None else g.data_ptr() for g in grads]
         if read != self._read:
             rows = [
-                (p, g, m, v, w[0] if w else 0, tensors[0].numel())
-                for g, (p, m, v, *w), tensors in zip(read, self._fixed, self._tensors, strict=True)
+                (p, g, m, v, r[0] if r else 0, tensors[0].numel())
+                for g, (p, m, v, *r), tensors in zip(read, self._fixed, self._tensors, strict=True)
             ]
             self._table, self._read = self._sent(rows, torch.int64), read
         table, sent = self._table, self._sent(list(numbers), torch.float32)
@@ -141,7 +137,7 @@ class ManyTensors:
             # A rank's shares may all be empty.
             if self._tiles.shape[0]:
                 triton_adamw.step(
-                    table, self._tiles, sent, drawn, scale, betas, eps, dtypes, self._copies
+                    table, self._tiles, sent, drawn, scale, betas, eps, dtypes, self._split
                 )
 
         return step

@@ -6,12 +6,13 @@
 Programs find their tensors by their addresses: each of them takes one block of one tensor. A number
 crosses memory once, 28 bytes of it where all is float32; g stays as it is, unscaled.
 
-What is bfloat16 of the parameter p and the moments is rounded stochastically (Zamirai et al. 2020,
-arXiv:2010.06192), unless p is a copy, rounded to the nearest, of float32 weights w beside it. The
-random bits are Philox's (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): one call
-of four words for two numbers, 16 bits for each of p, m and v.
+w is the parameter p, or a bfloat16 p with the 16 bits r beside it that p rounds away: together a float32
+(``optim.split_weights``). A bfloat16 p without them, and bfloat16 moments, are rounded stochastically
+(Zamirai et al. 2020, arXiv:2010.06192). The random bits are Philox's (Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3"): one call of four words for two numbers, 16 bits for each of p, m
+and v.
 
-Legend: a row of the table is (p, g, m, v, w or 0, numbers of p), a tile (its row, block of it).
+Legend: a row of the table is (p, g, m, v, r or 0, numbers of p), a tile (its row, block of it).
 """
 
 import torch
@@ -24,6 +25,7 @@ from transnormer.ops.linear_attention.triton_runtime import device_of, launch
 # Numbers that a program takes, four loads of 16 bytes a thread and tensor.
 BLOCK, _WARPS = 4096, 8
 _COLUMNS = 6
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 # The fewest with which Philox passes its authors' tests.
 _ROUNDS: tl.constexpr = tl.constexpr(7)
 
@@ -31,22 +33,19 @@ _ROUNDS: tl.constexpr = tl.constexpr(7)
 @triton.jit
 def _at(
     addresses, column: tl.constexpr, start,
-    HALF: tl.constexpr, ALIGNED: tl.constexpr, B: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """A block of a tensor of the table, of bfloat16 or float32."""
-    if HALF:
-        address = tl.load(addresses + column).to(tl.pointer_type(tl.bfloat16))
-    else:
-        address = tl.load(addresses + column).to(tl.pointer_type(tl.float32))
+    """A block of a tensor of the table."""
+    address = tl.load(addresses + column).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address + start + tl.arange(0, B)
 
 
 @triton.jit
-def _stored(at, x, bits, live, HALF: tl.constexpr):
+def _stored(at, x, bits, live, DTYPE: tl.constexpr):
     """Store float32 as it is, or as bfloat16, up or down by the low 16 of the random bits."""
-    if HALF:
+    if DTYPE == tl.bfloat16:
         carried = (x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
         # The bits of a NaN may be carried over into a number's.
         tl.store(
@@ -57,61 +56,73 @@ def _stored(at, x, bits, live, HALF: tl.constexpr):
 
 
 @triton.jit
+def _joined(p_at, r_at, live):
+    """The float32 of a bfloat16's bits, upper, and a signed remainder, lower."""
+    upper = tl.load(p_at, mask=live).to(tl.int32) << 16
+    return (upper + tl.load(r_at, mask=live).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_split(p_at, r_at, x, live):
+    """Store what ``_joined`` reads; of a NaN the first half is one."""
+    bits = x.to(tl.int32, bitcast=True)
+    tl.store(p_at, tl.where(x == x, (bits + 0x8000) >> 16, 0x7FC0).to(tl.int16), mask=live)
+    tl.store(r_at, tl.where(x == x, ((bits + 0x8000) & 0xFFFF) - 0x8000, 0).to(tl.int16), mask=live)
+
+
+@triton.jit
 def _update(
     row, start, left, keep, rate, correction, factor, b1, rest1, b2, rest2, eps, bits_p, bits_m, bits_v,
-    P16: tl.constexpr, G16: tl.constexpr, M16: tl.constexpr, COPY: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr,
     WHOLE: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Some numbers of one tensor, all of them there and aligned or not."""
     live = None if WHOLE else tl.arange(0, B) < left
-    p_at, g_at = _at(row, 0, start, P16, WHOLE, B), _at(row, 1, start, G16, WHOLE, B)
-    m_at, v_at = _at(row, 2, start, M16, WHOLE, B), _at(row, 3, start, M16, WHOLE, B)
-    w_at = _at(row, 4, start, False, WHOLE, B) if COPY else p_at
+    g_at = _at(row, 1, start, G, WHOLE, B)
+    m_at, v_at = _at(row, 2, start, M, WHOLE, B), _at(row, 3, start, M, WHOLE, B)
     g = tl.load(g_at, mask=live).to(tl.float32) * factor
     m = b1 * tl.load(m_at, mask=live).to(tl.float32) + rest1 * g
     v = b2 * tl.load(v_at, mask=live).to(tl.float32) + rest2 * (g * g)
-    w = keep * tl.load(w_at, mask=live).to(tl.float32) - rate * (
-        m / (tl.sqrt(v * correction) + eps)
-    )
-    _stored(m_at, m, bits_m, live, M16)
-    _stored(v_at, v, bits_v, live, M16)
-    if COPY:
-        tl.store(w_at, w, mask=live)
-        # To the nearest, of two as near to the even one.
-        _stored(p_at, w, 0x7FFF + ((w.to(tl.uint32, bitcast=True) >> 16) & 1), live, True)
+    step = rate * (m / (tl.sqrt(v * correction) + eps))
+    _stored(m_at, m, bits_m, live, M)
+    _stored(v_at, v, bits_v, live, M)
+    if SPLIT:
+        p_at, r_at = _at(row, 0, start, tl.int16, WHOLE, B), _at(row, 4, start, tl.int16, WHOLE, B)
+        _store_split(p_at, r_at, keep * _joined(p_at, r_at, live) - step, live)
     else:
-        _stored(p_at, w, bits_p, live, P16)
+        p_at = _at(row, 0, start, P, WHOLE, B)
+        _stored(p_at, keep * tl.load(p_at, mask=live).to(tl.float32) - step, bits_p, live, P)
 
 
 @triton.jit
 def _block(
     row, start, left, keep, rate, correction, factor, b1, rest1, b2, rest2, eps, seed,
-    P16: tl.constexpr, G16: tl.constexpr, M16: tl.constexpr, COPY: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr,
     WHOLE: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """A block of one tensor; where anything is rounded at random, one half after the other."""
-    if M16 or (P16 and not COPY):
+    if M == tl.bfloat16 or (P == tl.bfloat16 and not SPLIT):
         H: tl.constexpr = B // 2
         a, b, c, d = tl.randint4x(seed, start // 2 + tl.arange(0, H), n_rounds=_ROUNDS)
         _update(
             row, start, left, keep, rate, correction, factor, b1, rest1, b2, rest2, eps,
-            a, a >> 16, b, P16, G16, M16, COPY, WHOLE, H,
+            a, a >> 16, b, P, G, M, SPLIT, WHOLE, H,
         )  # fmt: skip
         _update(
             row, start + H, left - H, keep, rate, correction, factor, b1, rest1, b2, rest2, eps,
-            b >> 16, c, c >> 16, P16, G16, M16, COPY, WHOLE, H,
+            b >> 16, c, c >> 16, P, G, M, SPLIT, WHOLE, H,
         )  # fmt: skip
     else:
         _update(
             row, start, left, keep, rate, correction, factor, b1, rest1, b2, rest2, eps,
-            0, 0, 0, P16, G16, M16, COPY, WHOLE, B,
+            0, 0, 0, P, G, M, SPLIT, WHOLE, B,
         )  # fmt: skip
 
 
 @triton.jit
 def adamw_kernel(
     table, tiles, numbers, seeds, factor, b1, rest1, b2, rest2, eps,
-    P16: tl.constexpr, G16: tl.constexpr, M16: tl.constexpr, COPY: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """A block of one tensor; one without a gradient has the address 0 there."""
@@ -123,19 +134,19 @@ def adamw_kernel(
         keep = tl.load(numbers + which * 3)
         rate = tl.load(numbers + which * 3 + 1)
         correction = tl.load(numbers + which * 3 + 2)
-        seed = tl.load(seeds + which) if M16 or P16 else 0
+        seed = tl.load(seeds + which) if M == tl.bfloat16 or P == tl.bfloat16 else 0
         scale, left = tl.load(factor), tl.load(row + 5) - start
         places = g | tl.load(row) | tl.load(row + 2) | tl.load(row + 3) | tl.load(row + 4)
         # Without a mask and from multiples of 16 bytes, loads are of 16 bytes.
         if (left >= B) & (places % 16 == 0):
             _block(
                 row, start, left, keep, rate, correction, scale, b1, rest1, b2, rest2, eps, seed,
-                P16, G16, M16, COPY, WHOLE=True, B=B,
+                P, G, M, SPLIT, WHOLE=True, B=B,
             )  # fmt: skip
         else:
             _block(
                 row, start, left, keep, rate, correction, scale, b1, rest1, b2, rest2, eps, seed,
-                P16, G16, M16, COPY, WHOLE=False, B=B,
+                P, G, M, SPLIT, WHOLE=False, B=B,
             )  # fmt: skip
 
 
@@ -156,7 +167,7 @@ def step(
     betas: tuple[float, float],
     eps: float,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    copies: bool,
+    split: bool,
 ) -> None:
     """Make the step.
 
@@ -168,12 +179,12 @@ def step(
         factor: float32 [].
         betas, eps: of all tensors.
         dtypes: of parameters, gradients and moments, float32 or bfloat16.
-        copies: whether parameters are copies of float32 weights beside them.
+        split: whether parameters have the rest of float32 weights beside them.
     """
     b1, b2 = betas
-    p16, g16, m16 = (dtype == torch.bfloat16 for dtype in dtypes)
+    p, g, m = (_DTYPES[dtype] for dtype in dtypes)
     with device_of(table):
         launch(
             adamw_kernel, tiles.shape[0], table, tiles, numbers, seeds, factor, b1, 1 - b1, b2, 1 - b2,
-            eps, P16=p16, G16=g16, M16=m16, COPY=copies, COLUMNS=_COLUMNS, B=BLOCK, num_warps=_WARPS,
+            eps, P=p, G=g, M=m, SPLIT=split, COLUMNS=_COLUMNS, B=BLOCK, num_warps=_WARPS,
         )  # fmt: skip
