@@ -92,7 +92,15 @@ class Floor(NamedTuple):
         return 1000 * max(self.flops / peak.flops(precision), self.bytes / peak.bandwidth)
 
 
-def floors(model: Decoder, tokens: int, context: int, precision: str) -> Mapping[str, Floor]:
+def floors(
+    model: Decoder,
+    tokens: int,
+    context: int,
+    precision: str,
+    *,
+    weights: str = "float32",
+    states: str = "float32",
+) -> Mapping[str, Floor]:
     """The floors of a training step of so many tokens; products three times for both passes.
 
     Bytes count every tensor once, as if all that lies between two products were one kernel:
@@ -101,7 +109,8 @@ def floors(model: Decoder, tokens: int, context: int, precision: str) -> Mapping
       tensors of model_dim;
     - norms, gates and residuals: 11 of model_dim and 3 of the channel mixer's width a block,
       forward; three times that with the backward pass;
-    - the optimizer: reads parameter, gradient and two moments, writes all but the gradient.
+    - the optimizer: reads parameter, gradient and two moments, writes all but the gradient; bfloat16
+      weights beside float32 states have their rest with them, 4 bytes in all.
 
     What a step computes again (logits, checkpoints, segments) and clipping are above the floor.
     """
@@ -111,11 +120,13 @@ def floors(model: Decoder, tokens: int, context: int, precision: str) -> Mapping
     dim, blocks = config.model_dim, config.blocks
     width = sum(getattr(block.channel_mixer, "hidden_dim", None) or 0 for block in blocks)
     elements = 11 * dim * len(blocks) + 3 * width
+    gradient, moment = (2 if x == "bfloat16" else 4 for x in (weights, states))
+    kept = 2 if weights == states == "bfloat16" else 4
     return {
         ATTENTION: Floor(3 * flops.mixing * tokens, 11.0 * dim * len(blocks) * size * tokens),
         MATMULS: Floor(3 * flops.projections * tokens, 0.0),
         ELEMENTS: Floor(0.0, 3.0 * elements * size * tokens),
         LOSS: Floor(3 * flops.head * tokens, 0.0),
-        OPTIMIZER: Floor(0.0, 28.0 * cost.parameters),
+        OPTIMIZER: Floor(0.0, (2.0 * kept + gradient + 4 * moment) * cost.parameters),
         IDLE: Floor(0.0, 0.0),
     }

@@ -167,7 +167,8 @@ def bench_train(config: RunConfig, *, steps: int = 10, warmup: int = 3) -> StepT
     context = (config.data.seq + 1) // 2
     share = token_share(config, model, peak, precision)
     tokens = config.samples_per_step * config.data.seq
-    least = floors(model, tokens, context, precision)
+    kept = {"weights": config.train.weights, "states": config.optimizer.states}
+    least = floors(model, tokens, context, precision, **kept)
     times = run.profiled(steps)
     return StepTimes(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -149,15 +149,7 @@ class Layout(OneModel):
         shares = self._shares(model.state_dict())
         rest = self._shares(self._rest_of(model))
         for some in values:
-            halves = {
-                name: split(x)
-                for name, x in some.items()
-                if name in rest and x.dtype == torch.float32
-            }
-            low = {name: half for name, (_, half) in halves.items()}
-            fill_all({name: rest[name] for name in low}, low)
-            high = {name: halves[name][0] if name in halves else x for name, x in some.items()}
-            fill_all({name: shares[name] for name in high}, high)
+            _fill_some(shares, rest, some)
 
     def _rest_of(self, model: nn.Module) -> dict[str, Tensor]:
         """Zeros beside bfloat16 parameters, for what these round away; none where nobody keeps it."""
@@ -307,3 +299,17 @@ class Layout(OneModel):
         found = torch.tensor([int(value)])
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._patient)
         return int(found)
+
+
+def _fill_some(
+    shares: Mapping[str, Share], rest: Mapping[str, Share], some: Mapping[str, Tensor]
+) -> None:
+    """Copy whole tensors into shares, what bfloat16 ones round away into the rest; keeps none."""
+    halves = {
+        name: split(x) for name, x in some.items() if name in rest and x.dtype == torch.float32
+    }
+    fill_all(
+        {name: rest[name] for name in halves}, {name: low for name, (_, low) in halves.items()}
+    )
+    high = {name: halves[name][0] if name in halves else x for name, x in some.items()}
+    fill_all({name: shares[name] for name in high}, high)
