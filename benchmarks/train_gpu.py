@@ -86,6 +86,7 @@ def rows_of_the_run() -> tuple[Row, ...]:
         variant("compiled", COMPILE),
         variant("residual", COMPILE, RESIDUAL),
         variant("float32", COMPILE, RESIDUAL, GRAPH, BLOCKS + "0.9"),
+        variant("float32", COMPILE, RESIDUAL, GRAPH, BLOCKS + "0.9")._replace(subject="llama"),
         variant("graph", COMPILE, GRAPH),
         variant("memory_0.5", *ROOMY, BLOCKS + "0.5"),
         variant("memory_0.4", *ROOMY, BLOCKS + "0.4"),

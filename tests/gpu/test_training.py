@@ -162,7 +162,7 @@ def test_every_optimizer_works_beside_a_captured_pass(tmp_path: Path, states: st
         "adamw": ["optimizer.name=adamw"],
         "muon": ["optimizer.name=muon"],
         "bfloat16": ["optimizer.states=bfloat16"],
-        "weights": ["train.weights=bfloat16", "train.micro_batch=1"],
+        "weights": ["train.weights=bfloat16", "train.micro_batch=1", "train.compile=true"],
         "all": ["train.weights=bfloat16", "optimizer.states=bfloat16"],
     }[states]
     config = tiny_run(

@@ -14,6 +14,7 @@ from transnormer.train.graphs import GraphedBackward, check_graphed, cuda_captur
 from transnormer.train.objectives import Objective
 from transnormer.train.objectives.base import to_device
 from transnormer.train.precision import autocast_for
+from transnormer.train.wide_sums import WideSums
 
 # (model, batch on the CPU, divisor) -> summed loss in nats, no graph. Adds the gradient of the
 # summed loss / divisor to the parameters.
@@ -28,6 +29,7 @@ def make_backward(
     segment_tokens: int | None,
     *,
     cuda_graph: bool = False,
+    wide_sums: bool = False,
 ) -> Backward:
     """Choose how a run makes its gradients.
 
@@ -38,6 +40,7 @@ def make_backward(
         precision: "bfloat16" puts every forward pass under autocast.
         segment_tokens: of the run; None takes every batch whole.
         cuda_graph: capture whole batches and replay them.
+        wide_sums: add gradients of bfloat16 parameters up in float32, see ``WideSums``.
 
     Raises:
         NotImplementedError: the model refuses segments.
@@ -67,11 +70,14 @@ def make_backward(
             context=context,
         )
 
+    chosen: Callable[..., Tensor] = whole
+    if segment_tokens is not None:
+        assert isinstance(model, Decoder)
+        check_segments(model)
+        chosen = in_segments
+    if wide_sums:
+        chosen = WideSums(model).around(chosen)
     if cuda_graph:
         check_graphed(model, device)
-        return GraphedBackward(whole, model, device, cuda_capture())
-    if segment_tokens is None:
-        return whole
-    assert isinstance(model, Decoder)
-    check_segments(model)
-    return in_segments
+        return GraphedBackward(chosen, model, device, cuda_capture())
+    return chosen

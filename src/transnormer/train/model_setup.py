@@ -79,7 +79,6 @@ def set_up(
     model = sync.wrap(model, values)
     if keeps_rest and sync.devices == 1:
         _keep_rest(model, exact)
-        _sum_in_float32(model, config)
     rates = {name: scale.lr for name, scale in scales.items()}
     backend = "inductor" if config.train.compile else None
     optimizer = build_optimizer(
@@ -96,13 +95,6 @@ def _keep_rest(model: checkpoint.AnyModel, exact: Mapping[str, Tensor]) -> None:
             high, low = split(exact[name].to(parameter.device))
             parameter.copy_(high)
             leave_remainder(parameter, low)
-
-
-def _sum_in_float32(model: checkpoint.AnyModel, config: RunConfig) -> None:
-    """Let gradients of bfloat16 weights be float32 where those of several passes add up."""
-    if config.micro_batch < config.samples_per_step or config.train.segment_tokens is not None:
-        for parameter in model.parameters():
-            parameter.grad_dtype = torch.float32
 
 
 def _begin(

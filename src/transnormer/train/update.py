@@ -71,6 +71,7 @@ class Updater:
             precision,
             train.segment_tokens,
             cuda_graph=train.cuda_graph,
+            wide_sums=_adds_wide(config, sync),
         )
         self._batches = Batches(
             objective,
@@ -141,3 +142,10 @@ class Updater:
         for part in parts:
             nats += self._backward(self._model, part, labels)
         return nats
+
+
+def _adds_wide(config: RunConfig, sync: GradSync) -> bool:
+    """Whether bfloat16 weights that are updated as float32 ones get gradients of several passes."""
+    rounded = (config.train.weights, config.optimizer.states) == ("bfloat16", "float32")
+    passes = config.micro_batch < config.samples_per_step or config.train.segment_tokens is not None
+    return rounded and passes and sync.devices == 1
