@@ -75,6 +75,14 @@ def store_state(
     tl.store(at, state, mask=(dims[None, :] < D) & (values[:, None] < E))
 
 
+@triton.jit
+def entered(ENTRY: tl.constexpr, begins):
+    """Whether a state enters a unit, which its sequence begins with or not."""
+    if ENTRY == "later":
+        return begins == 0
+    return begins == begins
+
+
 @triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
 def forward_kernel(
     q, k, v, log_decay, entry, o, final, table, q_batch, q_token, q_head, k_batch, k_token, k_head,
@@ -87,7 +95,8 @@ def forward_kernel(
 
     DECAY: "none", "constant", or "gates", whose sums log_decay then holds, see ``triton_scalar``.
 
-    ENTRY: "none", or what ``entry`` holds: a state a "sequence" or a "unit", [.., H / G, K, V].
+    ENTRY: "none", or what ``entry`` holds, [.., H / G, K, V]: a state a "sequence", a "unit", or a
+    unit "later" than the first of its sequence, which begins with none.
     """
     SLICES: tl.constexpr = (V + BE - 1) // BE
     program = tl.program_id(0)
@@ -105,7 +114,8 @@ def forward_kernel(
         state = tl.zeros([BE, BD], dtype=tl.float32)
     else:
         index = (sequence if ENTRY == "sequence" else unit.to(tl.int64)) * kv_heads + kv_head
-        state = load_state(entry, index, V, 1, dims, values, K, V, True)
+        enters = entered(ENTRY, last if REVERSE else first)
+        state = load_state(entry, index, V, 1, dims, values, K, V, enters)
     # The order against the tensors' is a walk from the last token with negative steps.
     at, direction = start, 1
     if REVERSE:
@@ -211,16 +221,18 @@ def backward_kernel(
     if kind == 0:
         if ENTRY != "none":
             index = (sequence if ENTRY == "sequence" else unit.to(tl.int64)) * kv_heads + kv_head
-            state = load_state(entry, index, d_stride, e_stride, dims, values, D, E, True)
+            enters = entered(ENTRY, last if REVERSE else first)
+            state = load_state(entry, index, d_stride, e_stride, dims, values, D, E, enters)
     else:
         if GRAD_ENTRY == "sequence":
             # The final state belongs to the kv head: its gradient enters once.
             index = sequence * kv_heads + kv_head
             owner = head % G == 0
             state = load_state(grad_entry, index, d_stride, e_stride, dims, values, D, E, owner)
-        elif GRAD_ENTRY == "unit":
+        elif GRAD_ENTRY != "none":
             index = unit.to(tl.int64) * H + head
-            state = load_state(grad_entry, index, d_stride, e_stride, dims, values, D, E, True)
+            enters = entered(GRAD_ENTRY, first if REVERSE else last)
+            state = load_state(grad_entry, index, d_stride, e_stride, dims, values, D, E, enters)
     row_scale, key_scale, shift = scale, 1.0, 0
     if kind != 0:
         row_scale, key_scale, shift = 1.0, scale, 1
@@ -358,7 +370,8 @@ def carry_kernel(
 
     ``added`` has PIECES pieces a unit, of L tokens each, since a sum over a short piece is soon
     done. A program has BLOCK entries of one sequence's and head's states. ``initial`` [sequences,
-    H / INITIAL_GROUP, K, V] enters at the first head of each group. TOTAL: not those, but the state
+    H / INITIAL_GROUP, K, V] enters at the first head of each group; without, nothing is written for the
+    unit at which the walk begins. TOTAL: not those, but the state
     that leaves each sequence, [sequences, H, K, V]; then ``added`` has all units.
     """
     BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
@@ -410,7 +423,8 @@ def carry_kernel(
             mask=inside[None, :] & wanted[:, None], other=0.0,
         )
         if not TOTAL:
-            tl.store(entry + (unit * H + head) * (K * V) + entries, carry, mask=inside)
+            given = inside & ((i > 0) | INITIAL)
+            tl.store(entry + (unit * H + head) * (K * V) + entries, carry, mask=given)
         kept, rest = split_decay(tl.sum(own, 0))
         carry = carry * kept + carry * rest + tl.sum(new * tl.exp(behind)[:, None], 0)
     if TOTAL:

@@ -24,7 +24,7 @@ from transnormer.ops.linear_attention.triton_arithmetic import (
     product,
     split_decay,
 )
-from transnormer.ops.linear_attention.triton_constant import load_decay, load_state
+from transnormer.ops.linear_attention.triton_constant import entered, load_decay, load_state
 from transnormer.ops.linear_attention.triton_units import find_unit
 
 # Arguments stand in lines as they belong together.
@@ -88,7 +88,8 @@ def decay_gradient_kernel(
     slope = tl.zeros([BE, BD], dtype=tl.float32)
     if ENTRY != "none":
         index = (sequence if ENTRY == "sequence" else unit.to(tl.int64)) * kv_heads + kv_head
-        state = load_state(entry, index, V, 1, dims, values, K, V, True)
+        enters = entered(ENTRY, last if REVERSE else first)
+        state = load_state(entry, index, V, 1, dims, values, K, V, enters)
     at, direction = start, 1
     if REVERSE:
         at, direction = start + length - 1, -1
@@ -127,8 +128,9 @@ def decay_gradient_kernel(
             grad_entry, sequence * kv_heads + kv_head, V, 1, dims, values, K, V, owner
         )
         total += tl.sum(tl.sum(slope * left_gradient, 1), 0)
-    elif GRAD_ENTRY == "unit":
+    elif GRAD_ENTRY != "none":
         index = unit.to(tl.int64) * H + head
-        left_gradient = load_state(grad_entry, index, V, 1, dims, values, K, V, True)
+        enters = entered(GRAD_ENTRY, first if REVERSE else last)
+        left_gradient = load_state(grad_entry, index, V, 1, dims, values, K, V, enters)
         total += tl.sum(tl.sum(slope * left_gradient, 1), 0)
     tl.store(out + program, total)

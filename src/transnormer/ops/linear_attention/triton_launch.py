@@ -125,7 +125,10 @@ class Call:
         return torch.empty(shape, dtype=dtype, device=self.k.device)
 
     def states(self, initial: Tensor | None, exchange: Exchange | None = None) -> Tensor | None:
-        """States that enter the units, [U, kv_heads, key_dim, value_dim]; None if nothing carries."""
+        """States that enter the units, [U, kv_heads, key_dim, value_dim]; None if nothing carries.
+
+        Without what enters a sequence, that of its first unit is not written.
+        """
         if not self.plan.carried:
             return None
         return self._entering(self.k, self.v, initial, exchange, 1.0, against=False)
@@ -191,10 +194,13 @@ class Call:
         return states
 
 
-def entry_of(units: Tensor | None, sequences: Tensor | None) -> tuple[Tensor | None, str]:
-    """The states that enter units, and which: one a unit, one a sequence, or none."""
+def entry_of(
+    units: Tensor | None, sequences: Tensor | None, exchange: Exchange | None = None
+) -> tuple[Tensor | None, str]:
+    """The states that enter units, and which: see ``forward_kernel``."""
     if units is not None:
-        return units, "unit"
+        given = sequences is not None or exchange is not None
+        return units, "unit" if given else "later"
     return sequences, "none" if sequences is None else "sequence"
 
 
@@ -235,7 +241,7 @@ def forward_and_states(
         in_parts = exchange is not None
         call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse, in_parts=in_parts)
         states = call.states(initial_state, exchange)
-        entry, kind = entry_of(states, initial_state)
+        entry, kind = entry_of(states, initial_state, exchange)
         o = q.new_empty(*q.shape[:3], call.value_dim)
         final = call.empty_states(call.kv_heads)
         tiles = call.sweep_tiles(call.key_dim, call.value_dim)
@@ -285,8 +291,8 @@ def backward(
             q, k, v, log_decay, cu_seqlens, scale, reverse, backward=True, in_parts=in_parts
         )
         states = call.states(initial_state) if states is None else states
-        entry = entry_of(states, initial_state)
-        grad_entry = entry_of(call.grad_states(do, d_final, exchange), d_final)
+        entry = entry_of(states, initial_state, exchange)
+        grad_entry = entry_of(call.grad_states(do, d_final, exchange), d_final, exchange)
         d_initial = q.new_empty(0, dtype=torch.float32)
         if with_initial:
             d_initial = call.empty_states(call.heads)
