@@ -236,6 +236,32 @@ def test_packed_without_states_or_decay(monkeypatch: pytest.MonkeyPatch) -> None
     check_gradients(inputs, FORM, cu_seqlens=bounds)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "state", "reverse"),
+    [(None, False, True), (BOUNDS, False, False), (BOUNDS, True, True)],
+    ids=["rows", "packed", "packed-states"],
+)
+def test_states_that_were_not_written_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, bounds: list[int] | None, state: bool, reverse: bool
+) -> None:
+    force_segments(monkeypatch, 32)
+    rows = 1 if bounds is None else len(bounds) - 1
+    inputs = one_row(169, heads=2, state_rows=rows)
+    inputs = inputs if state else inputs._replace(initial_state=None)
+    kwargs = {"reverse": reverse}
+    if bounds is not None:
+        kwargs["cu_seqlens"] = torch.tensor(bounds)
+    expected = results(inputs, **kwargs)
+    # New memory is NaN then.
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        found = results(inputs, **kwargs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_many_more_sequences_than_tokens() -> None:
     bounds = torch.tensor([0] * 5 + [1] * 5 + [5] * 3)
     inputs = make_inputs(5, batch=1, heads=1, state_rows=12)
