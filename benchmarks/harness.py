@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +181,20 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def rows_of_an_earlier(result: Path) -> dict[str, Any]:
-    """The rows of a result that were measured, each with the environment of its own call."""
+def rows_of_an_earlier(
+    result: Path, facts: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The rows of a result that were measured, each with the environment of its own call.
+
+    ``facts``: of each row as it is now; one that says otherwise, or of a name that is gone, was
+    another row and stays behind.
+    """
     earlier = json.loads(result.read_text(encoding="utf-8"))
     return {
         name: {"environment": earlier["environment"]} | row
         for name, row in earlier["rows"].items()
         if "left_out" not in row
+        and (facts is None or (name in facts and facts[name].items() <= row.items()))
     }
 
 

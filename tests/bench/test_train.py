@@ -115,13 +115,15 @@ def test_floors_are_those_of_the_model(tmp_path: Path) -> None:
     assert found[OPTIMIZER].bytes == 28 * model.num_parameters()
     assert found[ATTENTION].bytes == 100 * 2 * 11 * 32 * 4
     assert found[ELEMENTS].bytes == 100 * 2 * 3 * (11 * 32 + 3 * 32) * 4
-    for weights, states, size in (
-        ("float32", "float32", 28),
-        ("bfloat16", "float32", 26),
-        ("float32", "bfloat16", 20),
-        ("bfloat16", "bfloat16", 14),
+    for weights, gradients, states, size in (
+        ("float32", "float32", "float32", 28),
+        ("bfloat16", "bfloat16", "float32", 26),
+        ("bfloat16", "float32", "float32", 28),
+        ("float32", "float32", "bfloat16", 20),
+        ("bfloat16", "bfloat16", "bfloat16", 14),
     ):
-        made = floors(model, 100, 8, "bfloat16", weights=weights, states=states)[OPTIMIZER]
+        kept = {"weights": weights, "gradients": gradients, "states": states}
+        made = floors(model, 100, 8, "bfloat16", **kept)[OPTIMIZER]
         assert made.bytes * 28 == found[OPTIMIZER].bytes * size
     assert floors(model, 100, 8, "bfloat16")[ELEMENTS].bytes == found[ELEMENTS].bytes / 2
 

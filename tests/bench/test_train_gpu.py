@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from transnormer.train.recipe import read_run
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -49,6 +51,31 @@ def test_verdicts_compare_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert made["tnl@2048 over llama@2048"] == {"value": 2.0, "at_least": 1.05, "met": True}
     assert made["tnl@2048 GB"] == {"value": 33.0, "at_most": 32.0, "met": False}
     assert len(made) == 4
+
+
+def test_the_rows_are_those_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_gpu = module("train_gpu", monkeypatch)
+    recipe = read_run(BENCHMARKS.parent / "recipes" / "tnl_385m.toml").train.model_dump()
+    for setting in train_gpu.FAST:
+        key, _, value = setting.removeprefix("train.").partition("=")
+        if setting != train_gpu.GRAPH:
+            assert str(recipe[key]).lower() == value, key
+
+
+def test_an_earlier_row_of_other_settings_stays_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    train_gpu = module("train_gpu", monkeypatch)
+    rows = {row.name: train_gpu.facts_of(row) for row in train_gpu.rows_of_the_run()}
+    names = ("tnl@2048", "tnl@8192", "llama@2048")
+    earlier = {name: {"step_ms": 1.0} | rows[name] for name in names}
+    earlier["tnl@8192"]["settings"] = ["train.compile=true"]
+    earlier["tnl_gone@2048"] = earlier["llama@2048"]
+    earlier["llama@2048"]["left_out"] = "the seconds were spent"
+    (tmp_path / "result.json").write_text(json.dumps({"environment": {}, "rows": earlier}))
+    assert list(train_gpu.harness.rows_of_an_earlier(tmp_path / "result.json", rows)) == [
+        "tnl@2048"
+    ]
 
 
 @pytest.mark.slow

@@ -99,6 +99,7 @@ def floors(
     precision: str,
     *,
     weights: str = "float32",
+    gradients: str = "float32",
     states: str = "float32",
 ) -> Mapping[str, Floor]:
     """The floors of a training step of so many tokens; products three times for both passes.
@@ -120,7 +121,7 @@ def floors(
     dim, blocks = config.model_dim, config.blocks
     width = sum(getattr(block.channel_mixer, "hidden_dim", None) or 0 for block in blocks)
     elements = 11 * dim * len(blocks) + 3 * width
-    gradient, moment = (2 if x == "bfloat16" else 4 for x in (weights, states))
+    gradient, moment = (2 if x == "bfloat16" else 4 for x in (gradients, states))
     kept = 2 if weights == states == "bfloat16" else 4
     return {
         ATTENTION: Floor(3 * flops.mixing * tokens, 11.0 * dim * len(blocks) * size * tokens),

@@ -22,7 +22,7 @@ from transnormer.train.precision import choose_device, choose_precision
 from transnormer.train.recipe import RunConfig
 from transnormer.train.sync import OneProcess
 from transnormer.train.training_data import given_tokenizer
-from transnormer.train.update import Updater
+from transnormer.train.update import Updater, adds_wide
 from transnormer.train.utilisation import token_share
 
 # Of the products and copies that measure a device whose peak is not known.
@@ -167,8 +167,15 @@ def bench_train(config: RunConfig, *, steps: int = 10, warmup: int = 3) -> StepT
     context = (config.data.seq + 1) // 2
     share = token_share(config, model, peak, precision)
     tokens = config.samples_per_step * config.data.seq
-    kept = {"weights": config.train.weights, "states": config.optimizer.states}
-    least = floors(model, tokens, context, precision, **kept)
+    least = floors(
+        model,
+        tokens,
+        context,
+        precision,
+        weights=config.train.weights,
+        gradients="float32" if adds_wide(config, sync) else config.train.weights,
+        states=config.optimizer.states,
+    )
     times = run.profiled(steps)
     return StepTimes(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -71,7 +71,7 @@ class Updater:
             precision,
             train.segment_tokens,
             cuda_graph=train.cuda_graph,
-            wide_sums=_adds_wide(config, sync),
+            wide_sums=adds_wide(config, sync),
         )
         self._batches = Batches(
             objective,
@@ -144,7 +144,7 @@ class Updater:
         return nats
 
 
-def _adds_wide(config: RunConfig, sync: GradSync) -> bool:
+def adds_wide(config: RunConfig, sync: GradSync) -> bool:
     """Whether bfloat16 weights that are updated as float32 ones get gradients of several passes."""
     rounded = (config.train.weights, config.optimizer.states) == ("bfloat16", "float32")
     passes = config.micro_batch < config.samples_per_step or config.train.segment_tokens is not None

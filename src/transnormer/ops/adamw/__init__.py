@@ -31,12 +31,12 @@ class ManyTensors:
     m = beta_1 m + (1 - beta_1) g;  v = beta_2 v + (1 - beta_2) g^2;
     w = keep w - rate m / (sqrt(correction v) + eps),    g the gradient times a factor,
 
-    in float32 (Loshchilov and Hutter 2017, arXiv:1711.05101). w is the parameter, or a bfloat16 one with the
-    remainder of float32 weights beside it (``optim.split_weights``). bfloat16 moments, and bfloat16
-    parameters without remainders, are rounded stochastically behind the step, by a seed a tensor. The
-    gradients themselves are read once and stay as they are: clipping by the factor costs nothing. The host looks at addresses
-    alone; what it sends to the device beside the launch is a table of them, when gradients have moved,
-    and a few numbers a tensor.
+    in float32 (Loshchilov and Hutter 2017, arXiv:1711.05101). w is the parameter, or a bfloat16 one with
+    the remainder of float32 weights beside it (``optim.split_weights``). bfloat16 moments, and
+    bfloat16 parameters without remainders, are rounded stochastically behind the step, by a seed a
+    tensor. The gradients themselves are read once and stay as they are: clipping by the factor costs
+    nothing. The host looks at addresses alone; what it sends to the device beside the launch is a
+    table of them, when gradients have moved, and a few numbers a tensor.
     """
 
     def __init__(

@@ -77,10 +77,8 @@ def store_state(
 
 @triton.jit
 def entered(ENTRY: tl.constexpr, begins):
-    """Whether a state enters a unit, which its sequence begins with or not."""
-    if ENTRY == "later":
-        return begins == 0
-    return begins == begins
+    """Whether a unit reads its state: see ENTRY of forward_kernel; begins: its walk does there."""
+    return (begins == 0) | (ENTRY != "later")
 
 
 @triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
@@ -95,8 +93,8 @@ def forward_kernel(
 
     DECAY: "none", "constant", or "gates", whose sums log_decay then holds, see ``triton_scalar``.
 
-    ENTRY: "none", or what ``entry`` holds, [.., H / G, K, V]: a state a "sequence", a "unit", or a
-    unit "later" than the first of its sequence, which begins with none.
+    ENTRY: "none", or what ``entry`` holds, [.., H / G, K, V]: a state a "sequence"; a "unit"; "later", a
+    unit too, but those with which a sequence's walk begins are not filled and count as zero.
     """
     SLICES: tl.constexpr = (V + BE - 1) // BE
     program = tl.program_id(0)
@@ -168,7 +166,8 @@ def backward_kernel(
     and do at the same time, so that one of them finds them in the L2 cache. k's and v's gradients
     are written for each query head. Tokens of dq, dk and dv, heads side by side, lie out_token
     apart. D and E are the dims of the sweeps: (V, K) for q's and k's,
-    (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states.
+    (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states. GRAD_ENTRY is
+    of grad_entry what ENTRY is of entry, for a walk against the order.
 
     With gates q's gradient is a launch of its own, after the others. D_GATES: k's writes the
     gradient of the state that leaves each chunk to chunk_states [.., H, K, V], from which q's makes
@@ -370,9 +369,9 @@ def carry_kernel(
 
     ``added`` has PIECES pieces a unit, of L tokens each, since a sum over a short piece is soon
     done. A program has BLOCK entries of one sequence's and head's states. ``initial`` [sequences,
-    H / INITIAL_GROUP, K, V] enters at the first head of each group; without, nothing is written for the
-    unit at which the walk begins. TOTAL: not those, but the state
-    that leaves each sequence, [sequences, H, K, V]; then ``added`` has all units.
+    H / INITIAL_GROUP, K, V] enters at the first head of each group; without it the unit at which the
+    walk begins is not written. TOTAL: not the states that enter units, but the one that leaves each
+    sequence, [sequences, H, K, V]; then ``added`` has all units.
     """
     BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     program = tl.program_id(0)

@@ -127,7 +127,7 @@ class Call:
     def states(self, initial: Tensor | None, exchange: Exchange | None = None) -> Tensor | None:
         """States that enter the units, [U, kv_heads, key_dim, value_dim]; None if nothing carries.
 
-        Without what enters a sequence, that of its first unit is not written.
+        ``entry_of`` says which of them are filled.
         """
         if not self.plan.carried:
             return None
@@ -136,7 +136,10 @@ class Call:
     def grad_states(
         self, do: Tensor, d_final: Tensor | None, exchange: Exchange | None = None
     ) -> Tensor | None:
-        """Gradients of the states that leave the units, [U, heads, ...]; None if nothing carries."""
+        """Gradients of the states that leave the units, [U, heads, ...]; None if nothing carries.
+
+        ``entry_of`` says which of them are filled.
+        """
         if not self.plan.carried:
             return None
         return self._entering(self.q, do, d_final, exchange, self.scale, against=True)
@@ -153,7 +156,8 @@ class Call:
     ) -> Tensor:
         """The scan over units; ``against`` the order of the call, with the sweeps' shift 1.
 
-        Without an exchange from ``initial``, with one from what it returns.
+        Without an exchange from ``initial``, with one from what it returns; where there is neither, the
+        unit at which a sequence's walk begins is not written.
         """
         heads, pieces = k.shape[2], self.plan.pieces
         groups, shape = heads // self.kv_heads, (heads, k.shape[3], v.shape[3])
@@ -278,7 +282,8 @@ def backward(
 
     ``into``: where those of q, k and v are written, for as many kv heads as heads and equal dims:
     rows whose tokens lie one stride apart in all three and over the batch, heads side by side.
-    ``states``: those of ``forward_and_states``; without, they are made again.
+    ``states``: those of ``forward_and_states`` with the same initial_state and exchange, or neither;
+    without, they are made again.
     ``exchange``: the tokens are a part of longer rows. It takes the gradient that they alone give the
     state that enters them, and returns that of the state that leaves them; then there is no d_final,
     ``states`` are given, and there are as many kv heads as heads.
@@ -290,6 +295,7 @@ def backward(
         call = Call(
             q, k, v, log_decay, cu_seqlens, scale, reverse, backward=True, in_parts=in_parts
         )
+        assert exchange is None or states is not None
         states = call.states(initial_state) if states is None else states
         entry = entry_of(states, initial_state, exchange)
         grad_entry = entry_of(call.grad_states(do, d_final, exchange), d_final, exchange)
