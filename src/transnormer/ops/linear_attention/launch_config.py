@@ -139,9 +139,13 @@ def pieces_of(rows: int, tokens: int, segments: int, gpu: Gpu) -> int:
 
 
 def packed_length(heads: int, tokens: int, gpu: Gpu) -> int:
-    """Tokens a segment of packed sequences: four segments a processor even out their lengths."""
+    """Tokens a segment of packed sequences: no more segments of all heads than processors.
+
+    Documents are cut by their own ends as well. Measured with documents of 128 to 8,192 tokens on
+    average: four times as many cost 4 to 34 % more, in states and in programs' beginnings.
+    """
     length = 256
-    while length < 1 << 20 and tokens * heads > 4 * gpu.processors * length:
+    while length < 1 << 20 and tokens * heads > gpu.processors * length:
         length *= 2
     return length
 
