@@ -324,7 +324,7 @@ def run_in_layout(
         axes,
         torch.device("cpu"),
         gather_dtype=torch.bfloat16 if half else None,
-        keeps_rest=config.train.weights == "bfloat16" and config.optimizer.states == "float32",
+        keeps_rest=config.splits_weights,
     )
     notes = Notes()
     result = run_training(

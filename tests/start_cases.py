@@ -58,9 +58,8 @@ def begin(
     sync: Any = OneProcess()
     if group is not None:
         kind = Layout if run.lora is None else AdapterLayout
-        rest = (run.train.weights, run.optimizer.states) == ("bfloat16", "float32")
         sync = build_layout(
-            run.parallel, dist.get_world_size(group), CPU, keeps_rest=rest, kind=kind
+            run.parallel, dist.get_world_size(group), CPU, keeps_rest=run.splits_weights, kind=kind
         )
     objective: Any = Fresh(run, config)
     torch.manual_seed(run.train.seed)

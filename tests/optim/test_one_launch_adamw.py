@@ -162,25 +162,41 @@ def test_random_bits_follow_from_the_step() -> None:
         run(ours, held, None)
         found.append(torch.cat([x.detach().flatten() for x in held]))
     assert torch.equal(*found)
-    x = torch.ones(500, dtype=torch.bfloat16, requires_grad=True)
-    ours = OneLaunchAdamW([x], **RATES, weight_decay=0.0, states=torch.bfloat16)
-    steps = []
+
+
+@needs_interpreter
+def test_neither_steps_nor_parameters_share_their_random_bits() -> None:
+    def ones() -> Tensor:
+        return torch.ones(500, dtype=torch.bfloat16).requires_grad_()
+
+    held = [ones(), ones()]
+    # Without a past every step of the same gradient is the same but for its bits.
+    rates = {"lr": 1e-3, "betas": (0.0, 0.0), "eps": 1e-8, "weight_decay": 0.0}
+    ours = OneLaunchAdamW(held, **rates, states=torch.bfloat16)
+    found = []
     for _ in range(2):
-        x.grad = torch.ones_like(x)
-        with torch.no_grad():
-            x.fill_(1.0)
+        for x in held:
+            x.grad = torch.ones_like(x)
+            with torch.no_grad():
+                x.fill_(1.0)
         ours.step()
-        steps.append(x.detach().clone())
-    assert not torch.equal(*steps)
+        found += [x.detach().clone() for x in held]
+    for number, x in enumerate(found):
+        assert x.unique().numel() == 2
+        assert not any(torch.equal(x, y) for y in found[:number])
 
 
 @needs_interpreter
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
 def test_a_nan_stays_one(states: torch.dtype) -> None:
-    x = torch.tensor([float("nan"), 1.0, float("inf")], dtype=torch.bfloat16, requires_grad=True)
-    x.grad = torch.tensor([1.0, float("nan"), 1.0], dtype=torch.bfloat16)
+    # All bits set, as GPUs answer, carry over into a number's.
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    x = torch.tensor([float("nan"), 1.0, float("inf"), 0.0], dtype=torch.bfloat16)
+    x.requires_grad_().grad_dtype = torch.float32
+    x.grad = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    x.grad[3] = nan
     OneLaunchAdamW([x], **RATES, weight_decay=0.0, states=states).step()
-    assert x.isnan().tolist() == [True, True, False]
+    assert x.isnan().tolist() == [True, True, False, True]
     assert x[2] == float("inf")
 
 
@@ -231,7 +247,10 @@ def test_state_that_is_written_into_counts() -> None:
 def test_a_copy_steps_its_own_parameters() -> None:
     held = parameters()
     ours = OneLaunchAdamW(groups(held), **RATES, weight_decay=0.0)
+    fresh, unmoved = copy.deepcopy((ours, held))
     run(ours, held, None)
+    run(fresh, unmoved, None)
+    assert all(torch.equal(x, y) for x, y in zip(held, unmoved, strict=True))
     other, twin = copy.deepcopy((ours, held))
     before = [x.detach().clone() for x in held]
     run(other, twin, None)

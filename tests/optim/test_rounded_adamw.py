@@ -104,6 +104,22 @@ def test_float32_states_hold_the_rest_of_bfloat16_weights() -> None:
         assert states[f"{name}/exp_avg"].dtype == torch.float32
 
 
+def test_the_order_of_a_state_is_nothing_to_it() -> None:
+    models = [nn.Linear(8, 8).to(torch.bfloat16) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (build_optimizer(model, OptimizerConfig(lr=1e-2)) for model in models)
+    for parameter in models[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_tensors(dict(reversed(first.state_tensors().items())))
+    for optimizer, model in zip((first, second), models):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert all(map(torch.equal, state(models[0]), state(models[1])))
+
+
 def test_states_without_the_weights_are_refused() -> None:
     model = nn.Linear(4, 4).to(torch.bfloat16)
     optimizer = build_optimizer(model, OptimizerConfig())

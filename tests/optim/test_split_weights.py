@@ -1,5 +1,6 @@
 """float32 weights in two halves: the same bits again, and the nearest bfloat16 in the upper one."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -32,6 +33,12 @@ def test_nan_stays_nan() -> None:
     high, low = split(bits.view(torch.float32))
     assert high.isnan().all()
     assert joined(high, low).isnan().all()
+
+
+def test_other_remainders_are_refused() -> None:
+    high, low = split(torch.ones(3))
+    with pytest.raises(TypeError, match="a remainder is torch.bfloat16; expected torch.int16"):
+        joined(high, low.view(torch.bfloat16))
 
 
 def test_a_remainder_is_taken_once() -> None:

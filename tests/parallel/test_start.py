@@ -82,14 +82,18 @@ def test_a_classifier_begins_with_the_weights_of_one_process(ranks: Ranks, tmp_p
 
 
 @pytest.mark.parametrize("name", ["dp4", "dp2-tp2"])
-@pytest.mark.parametrize("kind", ["decoder", "classifier", "adapters"])
+@pytest.mark.parametrize("kind", ["decoder", "classifier", "adapters", "split", "rounded"])
 def test_a_run_begins_with_the_weights_of_files(
     ranks: Ranks, tmp_path: Path, name: str, kind: str
 ) -> None:
+    """split: float32 weights of files in two halves; rounded: those of bfloat16 ones, without a rest."""
     torch.manual_seed(8)
     decoder = hybrid()
-    checkpoint.save(Decoder(decoder), tmp_path / "source")
-    run = from_files(run_of(tmp_path, LAYOUTS[name]), tmp_path / "source")
+    dtype = torch.bfloat16 if kind == "rounded" else torch.float32
+    checkpoint.save(Decoder(decoder).to(dtype), tmp_path / "source")
+    half = ["train.weights=bfloat16", "train.precision=bfloat16"]
+    overrides = half if kind in ("split", "rounded") else []
+    run = from_files(run_of(tmp_path, LAYOUTS[name], *overrides), tmp_path / "source")
     if kind == "adapters":
         run = run.model_copy(update={"lora": LoraConfig(rank=2)})
     config: AnyConfig = decoder

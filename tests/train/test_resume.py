@@ -6,9 +6,12 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from train_cases import (
     Crash,
     CrashAt,
@@ -19,7 +22,8 @@ from train_cases import (
 )
 
 from transnormer.models import checkpoint
-from transnormer.train import RunConfig, StepReport, run_training
+from transnormer.optim.split_weights import joined
+from transnormer.train import OneProcess, RunConfig, StepReport, run_training
 from transnormer.train.checkpoints import find_checkpoint, list_checkpoints, what_is_wrong
 from transnormer.train.metrics import read_records
 
@@ -331,6 +335,44 @@ def test_a_run_with_bfloat16_weights_resumes_bit_for_bit(
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a["embedding.weight"].dtype == torch.bfloat16
     assert a["blocks.0.token_mixer.lrpe.theta"].dtype == torch.float32
+
+
+def test_the_rest_of_bfloat16_weights_is_there_before_the_first_step(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    half = ("train.weights=bfloat16", "train.precision=bfloat16")
+    source = run_training(make_config(f"output.dir={tmp_path / 'source'}", "train.steps=1")).run_dir
+    exact = checkpoint.load(source).state_dict()
+    config = make_config(
+        *half, f"output.dir={tmp_path / 'run'}", "train.save_every=1", "guard.action=skip"
+    )
+    model = type(config.model).model_validate({"init_from": str(source)})
+    config = config.model_copy(update={"model": model})
+    seen = []
+
+    class Spikes(OneProcess):
+        """The first norm is none, so that nothing is updated."""
+
+        def wrap(self, model: Any, values: None = None) -> Any:
+            seen.append(model)
+            return model
+
+        def total_norm(self, model: Any) -> Tensor:
+            return super().total_norm(model) * float("nan")
+
+    stopped = config.train.model_copy(update={"max_minutes": 1e-9})
+    first = run_training(config.model_copy(update={"train": stopped}), sync=Spikes())
+    assert first.step == 1
+    states = load_file(first.checkpoint / "optimizer.safetensors")
+    weights = checkpoint.load(first.run_dir).state_dict()
+    for name, x in weights.items():
+        if x.dtype == torch.bfloat16:
+            assert torch.equal(joined(x, states[f"{name}/remainder"]), exact[name]), name
+    resumed = run_training(config.model_copy(update={"train": stopped}), resume=True, sync=Spikes())
+    again = load_file(resumed.checkpoint / "optimizer.safetensors")
+    assert all(torch.equal(x, again[name]) for name, x in states.items())
+    assert all("remainder" not in p.__dict__ for model in seen for p in model.parameters())
 
 
 def test_bfloat16_weights_are_refused_where_updates_would_be_lost(make_config: MakeConfig) -> None:

@@ -22,7 +22,8 @@ def training_bytes(parameters: int) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW's moments, by their dtype; activations come on top.
 
     "float32" is 16 a parameter, also under bfloat16 autocast; "bfloat16" is 8: ``train.weights`` and
-    ``optimizer.states`` in bfloat16.
+    ``optimizer.states`` in bfloat16. Between them, bfloat16 weights beside float32 states are 14, with
+    the 2 that the optimizer keeps of what they round away.
     """
     return {name: each * parameters for name, each in TRAINING_BYTES.items()}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transnormer.ops.adamw import ManyTensors, Numbers
-from transnormer.optim.rounded_adamw import new_state, noise_seed
+from transnormer.optim.rounded_adamw import new_state, noise_seed, state_keys
 from transnormer.optim.shares import own_share
 
 
@@ -18,7 +18,7 @@ class OneLaunchAdamW(torch.optim.Optimizer):
     host, behind another twenty that scale the gradients. Of float32 parameters and moments the step
     and the state are ``torch.optim.AdamW``'s, its counts of steps on the CPU; of bfloat16 ones those
     of ``RoundedAdamW`` but for its random bits, which are the same in every run: they follow from the
-    step, the parameter and the share. Of parameters that lie on several ranks each updates its share.
+    step, the parameter and the share. Gradients of all parameters of a dtype have one dtype. Of parameters that lie on several ranks each updates its share.
     """
 
     def __init__(
@@ -36,7 +36,9 @@ class OneLaunchAdamW(torch.optim.Optimizer):
         states is the dtype of the moments; beside float32 ones of a bfloat16 parameter lies the rest
         of its float32 weights.
         """
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # Copies keep the defaults alone.
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "states": states}
         super().__init__(params, defaults)
         for group in self.param_groups:
             if (group["betas"], group["eps"]) != (betas, eps):
@@ -44,8 +46,12 @@ class OneLaunchAdamW(torch.optim.Optimizer):
                     f"a group has betas {group['betas']} and eps {group['eps']}; expected {betas} "
                     f"and {eps}, as all have; one launch takes them once"
                 )
-        self.states = states
         self._many: dict[torch.dtype, ManyTensors] = {}
+
+    @property
+    def states(self) -> torch.dtype:
+        """The dtype of the moments."""
+        return self.defaults["states"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's; a copy finds its own tensors."""
@@ -93,7 +99,7 @@ class OneLaunchAdamW(torch.optim.Optimizer):
     def _prepared(
         self, dtype: torch.dtype, some: Sequence["_Parameter"], factor: Tensor | None
     ) -> Callable[[], None]:
-        tensors = [x.tensors() for x in some]
+        tensors = [x.tensors(self.states) for x in some]
         many = self._many.get(dtype)
         if many is None or not many.are(tensors):
             many = self._many[dtype] = ManyTensors(*map(list, zip(*tensors)))
@@ -124,10 +130,10 @@ class _Parameter(NamedTuple):
         grad = self.parameter.grad
         return None if grad is None else own_share(grad)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self, states: torch.dtype) -> tuple[Tensor, ...]:
         """This rank's shares: parameter, moments, remainder if there is one."""
-        held = (self.parameter, *(x for key, x in self.state.items() if key != "step"))
-        return tuple(own_share(x) for x in held)
+        keys = state_keys(self.parameter.dtype, states)[1:]
+        return tuple(own_share(x) for x in (self.parameter, *(self.state[key] for key in keys)))
 
 
 def _numbers(group: dict[str, Any], step: int) -> Numbers:

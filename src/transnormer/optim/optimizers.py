@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transnormer.ops.adamw import why_not
 from transnormer.optim.one_launch_adamw import OneLaunchAdamW
-from transnormer.optim.rounded_adamw import RoundedAdamW, state_keys
+from transnormer.optim.rounded_adamw import RoundedAdamW, new_state, state_keys
 from transnormer.optim.schedules import ScheduleConfig, lr_factor
 from transnormer.optim.shared_muon import SharedMuon, WholeMatrices
 from transnormer.optim.shares import own_share
@@ -150,9 +150,10 @@ class Optimizer:
         ]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the whole state, as "parameter name/key" -> tensor; empty before a step is prepared.
+        """Return the whole state, as "parameter name/key" -> tensor.
 
-        The tensors are the live ones: copy what must outlast the next step.
+        Before a step is prepared it is that of split weights, which have a rest. The tensors are the
+        live ones: copy what must outlast the next step.
         """
         # In the order of the parameters: that of groups depends on how they lie on ranks.
         return {
@@ -236,8 +237,9 @@ def build_optimizer(
 
     lr_scales multiplies the rate of AdamW's parameters by name; their weight decay a step, rate
     times weight_decay, does not change. bfloat16 parameters with float32 states are the upper half
-    of float32 weights (``split_weights``). AdamW on one GPU is ``OneLaunchAdamW``; elsewhere it is torch's own fused one, or
-    ``RoundedAdamW`` where anything is bfloat16, which compile_backend compiles. matrices is how muon
+    of float32 weights (``split_weights``). AdamW on one GPU is ``OneLaunchAdamW``; elsewhere it is
+    torch's own fused one, or ``RoundedAdamW`` where anything is bfloat16, which compile_backend
+    compiles. matrices is how muon
     works on matrices that lie on several processes; None has them here.
     """
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -284,12 +286,19 @@ def _adamw(
     dtypes = {x.dtype for x in named.values()}
     first = next(iter(named.values())).device
     on_one_gpu = first.type == "cuda" and all(x.device == first for x in named.values())
+    made: OneLaunchAdamW | RoundedAdamW
     if on_one_gpu and why_not(first) is None and dtypes <= {torch.float32, torch.bfloat16}:
-        return OneLaunchAdamW(groups, states=states, **rates)
-    if torch.bfloat16 in {states, *dtypes}:
-        return RoundedAdamW(groups, states=states, compile_backend=compile_backend, **rates)
-    fused = all(value.device.type in ("cpu", "cuda") for value in named.values())
-    return torch.optim.AdamW(groups, fused=fused, **rates)
+        made = OneLaunchAdamW(groups, states=states, **rates)
+    elif torch.bfloat16 in {states, *dtypes}:
+        made = RoundedAdamW(groups, states=states, compile_backend=compile_backend, **rates)
+    else:
+        fused = all(value.device.type in ("cpu", "cuda") for value in named.values())
+        return torch.optim.AdamW(groups, fused=fused, **rates)
+    for value in named.values():
+        if "remainder" in state_keys(value.dtype, states):
+            # A part of the weights, which is saved, and goes back with them, from the beginning.
+            made.state[value] = new_state(value, states)
+    return made
 
 
 def _muon(

@@ -145,11 +145,11 @@ class RoundedAdamW(torch.optim.Optimizer):
     m = beta_1 m + (1 - beta_1) g;  v = beta_2 v + (1 - beta_2) g^2;
     p = p (1 - lr decay) - lr (m / (1 - beta_1^t)) / (sqrt(v / (1 - beta_2^t)) + eps)
 
-    in float32. bfloat16 moments are rounded stochastically behind the step, and so are bfloat16 parameters
-    beside them. With float32 moments a bfloat16 parameter is the upper half of float32 weights,
-    whose rest is in the state (``split_weights``). One tensor at a time:
-    what a step allocates is a few float32 copies of the largest; compiled, it is one pass without
-    any. Of parameters that lie on several ranks each updates its share.
+    in float32. bfloat16 moments are rounded stochastically behind the step, and so are bfloat16
+    parameters beside them. With float32 moments a bfloat16 parameter is the upper half of float32
+    weights, whose rest is in the state (``split_weights``). One tensor at a time: what a step allocates
+    is a few float32 copies of the largest; compiled, it is one pass without any. Of parameters that
+    lie on several ranks each updates its share.
     """
 
     def __init__(
@@ -165,11 +165,12 @@ class RoundedAdamW(torch.optim.Optimizer):
     ) -> None:
         """As torch.optim.AdamW; TypeError for parameters of another dtype.
 
-        states is the dtype of the moments, bfloat16 or float32. compile_backend lets torch.compile make the graph of a step, for tensors of any size.
+        states is the dtype of the moments, bfloat16 or float32. compile_backend lets torch.compile make
+        the graph of a step, for tensors of any size.
         """
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "states": states}
         super().__init__(params, defaults)
-        self.states = states
         self._update, self._compiled = _update, compile_backend is not None
         if compile_backend is not None:
             self._update = torch.compile(
@@ -182,6 +183,11 @@ class RoundedAdamW(torch.optim.Optimizer):
                         f"a parameter is {parameter.dtype}; expected float32 or bfloat16, which "
                         "are what a step keeps its numbers in; cast the model"
                     )
+
+    @property
+    def states(self) -> torch.dtype:
+        """The dtype of the moments."""
+        return self.defaults["states"]
 
     @torch.no_grad()
     def step(self, closure: None = None, *, factor: Tensor | None = None) -> None:  # pyrefly: ignore[bad-override]
@@ -212,7 +218,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         numbers = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / (1 - beta2**step))
-        held = (parameter, grad.contiguous(), *(x for key, x in state.items() if key != "step"))
+        keys = state_keys(parameter.dtype, self.states)[1:]
+        held = (parameter, grad.contiguous(), *(state[key] for key in keys))
         shares = [own_share(x) for x in held]
         if not shares[0].numel():
             # Fewer rows than ranks.

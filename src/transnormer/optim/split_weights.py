@@ -24,7 +24,9 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joined(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 that ``split`` divided."""
+    """The float32 that ``split`` divided; TypeError where low is no int16."""
+    if low.dtype != torch.int16:
+        raise TypeError(f"a remainder is {low.dtype}; expected torch.int16, as split makes it")
     upper = high.contiguous().view(torch.int16).to(torch.int32) << _LOW
     return (upper + low.to(torch.int32)).view(torch.float32)
 

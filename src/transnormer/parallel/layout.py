@@ -308,6 +308,10 @@ def _fill_some(
     halves = {
         name: split(x) for name, x in some.items() if name in rest and x.dtype == torch.float32
     }
+    for name in rest.keys() & (some.keys() - halves.keys()):
+        # Of values that bfloat16 holds nothing is left over, whatever was filled in before.
+        for piece in rest[name].pieces:
+            piece.values.zero_()
     fill_all(
         {name: rest[name] for name in halves}, {name: low for name, (_, low) in halves.items()}
     )

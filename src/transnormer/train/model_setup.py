@@ -61,7 +61,8 @@ def set_up(
         if values is not None:
             values = map(partial(beside_adapters, model), values)
     dtype = torch.bfloat16 if config.train.weights == "bfloat16" else None
-    keeps_rest = dtype is not None and config.optimizer.states == "float32"
+    # A run that goes on has it among the optimizer's states.
+    keeps_rest = config.splits_weights and found is None and sync.devices == 1
     exact = dict(model.state_dict()) if keeps_rest else {}
     # As Module.to, but for what has no memory yet.
     model._apply(
@@ -77,7 +78,7 @@ def set_up(
             model, activation_memory=config.train.activation_memory, whole=sync.whole_graphs
         )
     model = sync.wrap(model, values)
-    if keeps_rest and sync.devices == 1:
+    if keeps_rest:
         _keep_rest(model, exact)
     rates = {name: scale.lr for name, scale in scales.items()}
     backend = "inductor" if config.train.compile else None

@@ -46,7 +46,7 @@ def join_processes(config: RunConfig, device: torch.device) -> tuple[GradSync, t
         world.world_size,
         device,
         gather_dtype=gather_dtype,
-        keeps_rest=(config.train.weights, config.optimizer.states) == ("bfloat16", "float32"),
+        keeps_rest=config.splits_weights,
         kind=Layout if config.lora is None else AdapterLayout,
     )
     return cast(GradSync, layout), device

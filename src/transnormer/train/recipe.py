@@ -316,6 +316,11 @@ class RunConfig(Config):
         )
 
     @property
+    def splits_weights(self) -> bool:
+        """Return whether parameters are the upper half of float32 weights (``optim.split_weights``)."""
+        return (self.train.weights, self.optimizer.states) == ("bfloat16", "float32")
+
+    @property
     def samples_per_step(self) -> int:
         """Return the samples of data.seq tokens in one update."""
         return self.train.tokens_per_step // self.data.seq

@@ -146,6 +146,5 @@ class Updater:
 
 def adds_wide(config: RunConfig, sync: GradSync) -> bool:
     """Whether bfloat16 weights that are updated as float32 ones get gradients of several passes."""
-    rounded = (config.train.weights, config.optimizer.states) == ("bfloat16", "float32")
     passes = config.micro_batch < config.samples_per_step or config.train.segment_tokens is not None
-    return rounded and passes and sync.devices == 1
+    return config.splits_weights and passes and sync.devices == 1

@@ -83,7 +83,7 @@ class ManyTensors:
         self._table = torch.empty(0)
 
     def are(self, tensors: Sequence[tuple[Tensor, ...]]) -> bool:
-        """Whether these (parameter, m, v, remainder if any) are the tensors taken, at the same places."""
+        """Whether these, (parameter, m, v, remainder if any), are the tensors taken, where they lay."""
         return [tuple(x.data_ptr() for x in some) for some in tensors] == self._fixed
 
     def prepare(

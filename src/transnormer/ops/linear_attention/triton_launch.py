@@ -177,8 +177,8 @@ class Call:
         launch(
             local_state_kernel, added.shape[0] * heads * -(-v.shape[3] // tiles.value_block),
             k, v, self.log_decay, added, decays, self.table, *k.stride()[:3], *v.stride()[:3], *cut,
-            heads, groups, scale, PARTS=self.decay["PARTS"], C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
-            SHIFT=int(against), STAGES=tiles.stages, num_warps=tiles.warps,
+            heads, groups, scale, PARTS=self.decay["PARTS"], C=tiles.chunk, BD=tiles.key_block,
+            BE=tiles.value_block, SHIFT=int(against), STAGES=tiles.stages, num_warps=tiles.warps,
             WHOLE=exchange is not None, **forms, **self.arithmetic,
         )  # fmt: skip
 
