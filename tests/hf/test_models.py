@@ -143,7 +143,8 @@ def test_half_precision_keeps_angles_and_decays(directory: Path) -> None:
 
 @pytest.mark.parametrize("case", CAUSAL, ids=lambda case: case.name)
 def test_every_mixer_computes_the_same_here(case: MixerCase) -> None:
-    original = case.model()
+    # In float32 some mixers, as these draw their weights, err by more than parts of a text may differ.
+    original = case.model().double()
     model = wrapped(original)
     ids = ids_of(2, 13)
     with torch.no_grad():
@@ -151,7 +152,7 @@ def test_every_mixer_computes_the_same_here(case: MixerCase) -> None:
         assert torch.equal(model(ids).logits, exact)
         cache = DecoderCache()
         parts = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 5], 1)]
-    assert_logits_agree(torch.cat(parts, 1), exact, SPLIT_CPU)
+    assert_logits_agree(torch.cat(parts, 1), exact, DECODER_FLOAT64)
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.names() if get(n).causal])

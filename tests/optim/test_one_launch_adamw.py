@@ -125,8 +125,11 @@ def test_the_tensorwise_step_is_the_same_but_for_random_bits(states: torch.dtype
 
 
 @needs_interpreter
-def test_random_bits_round_to_a_neighbour_with_the_step_as_the_mean() -> None:
-    many = 20_000
+def test_random_bits_round_to_a_neighbour_with_the_step_as_the_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_adamw, "BLOCK", 1024)
+    many = 20 * 1024
     x = torch.ones(many, dtype=torch.bfloat16, requires_grad=True)
     x.grad = torch.ones_like(x)
     ours = OneLaunchAdamW(
@@ -146,7 +149,7 @@ def test_random_bits_round_to_a_neighbour_with_the_step_as_the_mean() -> None:
         drawn.append((found > low).double())
         assert drawn[-1].mean().item() == pytest.approx(up, abs=error)
     # Neither the tensors nor the halves of a block share their bits.
-    drawn += [drawn[0].view(-1, 2, 8).flip(1).flatten(), drawn[0].roll(8), drawn[0].roll(16)]
+    drawn += [drawn[0].view(-1, 2, 512).flip(1).flatten(), drawn[0].roll(512), drawn[0].roll(1024)]
     for number, a in enumerate(drawn[1:], 1):
         correlation = torch.corrcoef(torch.stack([drawn[0], a]))[0, 1].abs()
         assert correlation < 5 / many**0.5, number

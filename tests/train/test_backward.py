@@ -98,8 +98,11 @@ WEIGHTS = "train.weights=bfloat16"
     [
         ("train.residual=bfloat16",),
         (WEIGHTS,),
-        (WEIGHTS, "train.micro_batch=1"),
-        (WEIGHTS, "train.segment_tokens=8", "train.residual=bfloat16"),
+        pytest.param((WEIGHTS, "train.micro_batch=1"), marks=pytest.mark.slow),
+        pytest.param(
+            (WEIGHTS, "train.segment_tokens=8", "train.residual=bfloat16"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["residual", "weights", "weights-parts", "weights-segments"],
 )

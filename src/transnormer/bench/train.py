@@ -117,6 +117,15 @@ class _RandomTokens(Objective[Decoder, Batch]):
         raise NotImplementedError("random tokens have no held-out part")
 
 
+def _kept_in(config: RunConfig, *, wide_sums: bool) -> dict[str, str]:
+    """Dtypes of what the optimizer reads and writes, as ``floors`` takes them."""
+    return {
+        "weights": config.train.weights,
+        "gradients": "float32" if wide_sums else config.train.weights,
+        "states": config.optimizer.states,
+    }
+
+
 def bench_train(config: RunConfig, *, steps: int = 10, warmup: int = 3) -> StepTimes:
     """Time the updates of a run as its recipe says, on random tokens, without a run directory.
 
@@ -167,15 +176,8 @@ def bench_train(config: RunConfig, *, steps: int = 10, warmup: int = 3) -> StepT
     context = (config.data.seq + 1) // 2
     share = token_share(config, model, peak, precision)
     tokens = config.samples_per_step * config.data.seq
-    least = floors(
-        model,
-        tokens,
-        context,
-        precision,
-        weights=config.train.weights,
-        gradients="float32" if adds_wide(config, sync) else config.train.weights,
-        states=config.optimizer.states,
-    )
+    wide = adds_wide(config, sync)
+    least = floors(model, tokens, context, precision, **_kept_in(config, wide_sums=wide))
     times = run.profiled(steps)
     return StepTimes(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
