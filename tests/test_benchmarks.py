@@ -15,6 +15,7 @@ TOY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOY)
 def test_benchmark_ends_with_its_result(name: str, tmp_path: Path) -> None:
     output = tmp_path / "result.json"

@@ -259,6 +259,7 @@ def test_runs_of_different_rows_become_one_result(monkeypatch: pytest.MonkeyPatc
     assert (len(merged["runs"]), merged["wall_s"]) == (3, 3.0)
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_correctness_grid(tmp_path: Path) -> None:
     output = tmp_path / "grid.json"
     result = run_dry("peers_correctness.py", output, "--subjects", "ours", "--shards", "1")
@@ -266,6 +267,7 @@ def test_dry_run_of_the_correctness_grid(tmp_path: Path) -> None:
     assert "| ours | o | bf16 |" in output.with_suffix(".md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_dry_run_of_decode_gpu(tmp_path: Path) -> None:
     options = [
         "--models",

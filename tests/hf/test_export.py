@@ -80,6 +80,7 @@ def in_a_child(models: dict[str, Decoder], ids: torch.Tensor, folder: Path, **to
     return {name: torch.load(folder / f"{name}.out") for name in models}
 
 
+@pytest.mark.slow
 def test_transformers_alone_computes_the_same(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     models = {

@@ -84,6 +84,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_states() -> None:
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_training_compiles_whole_at_symbolic_lengths() -> None:
     model = make_model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)

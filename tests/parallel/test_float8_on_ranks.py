@@ -22,7 +22,9 @@ def losses(run_dir: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("recipe", "precision", "axes"),
     [
-        ("tensorwise", "bfloat16", Axes(dp_replicate=2, dp_shard=2)),
+        pytest.param(
+            "tensorwise", "bfloat16", Axes(dp_replicate=2, dp_shard=2), marks=pytest.mark.slow
+        ),
         ("rowwise_with_gw_hp", "float32", Axes(dp_shard=2, sp=2)),
     ],
     ids=["tensorwise-hsdp", "rowwise-sp"],
