@@ -18,7 +18,8 @@ class OneLaunchAdamW(torch.optim.Optimizer):
     host, behind another twenty that scale the gradients. Of float32 parameters and moments the step
     and the state are ``torch.optim.AdamW``'s, its counts of steps on the CPU; of bfloat16 ones those
     of ``RoundedAdamW`` but for its random bits, which are the same in every run: they follow from the
-    step, the parameter and the share. Gradients of all parameters of a dtype have one dtype. Of parameters that lie on several ranks each updates its share.
+    step, the parameter and the share. Gradients of all parameters of a dtype have one dtype. Of
+    parameters that lie on several ranks each updates its share.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ def check_weights(config: "RunConfig") -> None:
         if value != only:
             raise ValueError(
                 f"{key} is {value!r} beside train.weights = 'bfloat16'; expected {only!r}: {why}; "
-                "change it, or leave train.weights out"
+                "change it, or set train.weights to 'float32'"
             )
     if config.parallel.outer is not None and config.optimizer.states == "float32":
         raise ValueError(
