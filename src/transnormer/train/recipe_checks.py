@@ -99,7 +99,7 @@ def check_weights(config: "RunConfig") -> None:
         raise ValueError(
             "optimizer.states is 'float32' beside train.weights = 'bfloat16' and [parallel.outer]; "
             "expected 'bfloat16': an outer step moves the weights, not the rest of them that the "
-            "optimizer keeps; change it, or leave train.weights out"
+            "optimizer keeps; change it, or set train.weights to 'float32'"
         )
 
 
