@@ -7,6 +7,19 @@ from collections.abc import Callable
 
 from transnormer.train.sync import GradSync
 
+# Writings that runs of this process left under way when they were told to end at once.
+_left: set[threading.Thread] = set()
+
+
+def wait_for_left_writings() -> None:
+    """Wait for what earlier runs of this process still write: it may be in the next one's directory.
+
+    In a notebook a run that Ctrl-C ended may be resumed by the same process, before its last
+    checkpoint has its name.
+    """
+    while _left:
+        _left.pop().join()
+
 
 class Saver:
     """Runs the writing of a checkpoint in a thread of its own.
@@ -86,8 +99,11 @@ class Saver:
         """Wait for the writing under way after another error; its own is then not raised.
 
         A process that is told to end at once does not wait: what is half written is no checkpoint.
+        Should it go on all the same, its next run does (``wait_for_left_writings``).
         """
         kind = sys.exc_info()[0]
         if self._thread is not None and (kind is None or issubclass(kind, Exception)):
             self._thread.join()
+        elif self._thread is not None:
+            _left.add(self._thread)
         self._thread = None

@@ -44,7 +44,7 @@ from transnormer.train.profiling import ProfileConfig, StepProfiler
 from transnormer.train.recipe import RunConfig
 from transnormer.train.result import StoppedBy, TrainResult
 from transnormer.train.run_directory import DATA, disk_errors_in_one_line, write_config
-from transnormer.train.saving import Saver
+from transnormer.train.saving import Saver, wait_for_left_writings
 from transnormer.train.signals import Stop, stop_requests, termination_raises
 from transnormer.train.staging import read_step
 from transnormer.train.sync import GradSync
@@ -84,12 +84,11 @@ def run_training(
             there, another process is training in the directory, or the launcher's variables are
             wrong.
     """
-    progress = progress or Quiet()
+    wait_for_left_writings()
     device = choose_device(config.train.device)
     if sync is None:
         sync, device = join_processes(config, device)
-    if not sync.is_first:
-        progress = Quiet()
+    progress = (sync.is_first and progress) or Quiet()
     run_dir = Path(config.output.dir)
     with (
         termination_raises(progress.message),
