@@ -36,27 +36,29 @@ def force_segments(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Cut every sequence into segments of so many tokens, whatever the shapes would choose."""
     if FORM != "triton":
         return
-    from transnormer.ops.linear_attention import constant_decay, triton_launch
+    from transnormer.ops.linear_attention import constant_decay, triton_form
 
-    def plan(k: Tensor, heads: int, cu_seqlens: Tensor | None) -> constant_decay.Plan:
-        batch, seq = k.shape[:2]
-        if cu_seqlens is not None:
-            units = cu_seqlens.shape[0] - 1 + seq // tokens
-            return constant_decay.Plan(units, tokens, 0, True)
+    def plan(
+        batch: int, seq: int, heads: int, device: torch.device, sequences: int | None = None
+    ) -> constant_decay.Plan:
+        if sequences is not None:
+            return constant_decay.Plan(sequences + seq // tokens, tokens, 0, True)
         segments = -(-seq // tokens)
         return constant_decay.Plan(batch * segments, tokens, segments, segments > 1, 4)
 
-    for module in (constant_decay, triton_launch):
-        monkeypatch.setattr(module, "plan", plan)
+    monkeypatch.setattr(constant_decay, "plan", plan)
+    # None that is remembered was cut like this, and none that is made now may be.
+    monkeypatch.setattr(triton_form, "_remembered", triton_form.Form)
 
 
 def force_segment_count(monkeypatch: pytest.MonkeyPatch, segments: int) -> None:
     """Ask for so many segments a sequence, more than its tokens may fill."""
     if FORM != "triton":
         return
-    from transnormer.ops.linear_attention import launch_config
+    from transnormer.ops.linear_attention import launch_config, triton_form
 
     monkeypatch.setattr(launch_config, "segments_of", lambda *_: segments)
+    monkeypatch.setattr(triton_form, "_remembered", triton_form.Form)
 
 
 def laid_out(x: Tensor, how: str) -> Tensor:

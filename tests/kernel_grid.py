@@ -239,7 +239,9 @@ def segment_of(call: Call) -> int:
     """Tokens of the segments that the kernels choose."""
     from transnormer.ops.linear_attention import constant_decay
 
-    return constant_decay.plan(call.k, call.q.shape[2], call.cu_seqlens).length
+    batch, seq = call.k.shape[:2]
+    sequences = None if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    return constant_decay.plan(batch, seq, call.q.shape[2], call.k.device, sequences).length
 
 
 def assert_rows_close(actual: Tensor, exact: Tensor, limit: float, segment: int, name: str) -> None:

@@ -1,14 +1,16 @@
-"""Elementwise functions and scans as torch ops whose kernels are Triton's: definition and choice.
+"""Functions as torch ops whose kernels are Triton's: definition and choice.
 
 What torch has to know (schema, shapes, gradients) needs no Triton: the module with the kernels is
 imported when the op first runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from transnormer.ops.kernel_devices import why_not_named
 
@@ -55,8 +57,14 @@ def define(
     backward: Form,
     setup_context: Callable[..., None],
     gradients: Callable[..., Any],
-) -> None:
-    """Define ``transnormer::name`` and ``transnormer::name_backward``.
+    *,
+    tags: Sequence[torch.Tag] = (torch.Tag.pt2_compliant_tag,),
+    differentiable: str = "torch",
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Define ``transnormer::name`` and ``transnormer::name_backward``; return their callers.
+
+    They take the ops' inputs, all of them and in order, and go past torch's dispatcher where nobody
+    watches it.
 
     A second derivative raises NotImplementedError.
 
@@ -66,25 +74,127 @@ def define(
         forward: the op.
         backward: the op of its gradients.
         setup_context, gradients: as ``torch.library.register_autograd`` has them.
+        tags: of both ops.
+        differentiable: the implementation with a second derivative, which the error names.
     """
 
     def no_second(ctx: Any, *grads: Any) -> None:
         # Without this, torch takes the second derivative for 0.
         raise NotImplementedError(
-            f"the kernels of {name} have no second derivative; use implementation='torch'"
+            f"the kernels of {name} have no second derivative; use "
+            f"implementation={differentiable!r}"
         )
 
-    def define_one(op: str, function: str, form: Form) -> None:
-        def run(*inputs: Any) -> Any:
-            return getattr(import_module(kernels), function)(*inputs)
+    def define_one(
+        op: str,
+        function: str,
+        form: Form,
+        setup_context: Callable[..., None],
+        gradients: Callable[..., Any],
+    ) -> Callable[..., Any]:
+        @cache
+        def kernel() -> Callable[..., Any]:
+            return getattr(import_module(kernels), function)
 
-        _LIBRARY.define(op + form.schema, tags=torch.Tag.pt2_compliant_tag)
+        def run(*inputs: Any) -> Any:
+            return kernel()(*inputs)
+
+        # By schema instead of by torch.library.custom_op, whose checks cost 10 us a call.
+        _LIBRARY.define(op + form.schema, tags=tuple(tags))
         _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"transnormer::{op}", form.fake, lib=_LIBRARY)
+        overload = getattr(torch.ops.transnormer, op).default
+        graded = _with_gradients(overload, setup_context, gradients)
+        _LIBRARY.impl(op, graded, "Autograd", with_keyset=True)
+        return _short_way(overload, run, setup_context, gradients)
 
-    define_one(name, "forward", forward)
-    define_one(f"{name}_backward", "backward", backward)
-    torch.library.register_autograd(
-        f"transnormer::{name}", gradients, setup_context=setup_context, lib=_LIBRARY
+    return (
+        define_one(name, "forward", forward, setup_context, gradients),
+        define_one(f"{name}_backward", "backward", backward, lambda *_, **__: None, no_second),
     )
-    torch.library.register_autograd(f"transnormer::{name}_backward", no_second, lib=_LIBRARY)
+
+
+def _function(
+    name: str,
+    run: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> Any:
+    """An autograd function of the inputs and, last, so that ctx counts the inputs, one thing more.
+
+    ``run`` takes that thing and the inputs.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *given, last = inputs
+        output = run(last, *given)
+        setup_context(ctx, inputs=given, output=output)
+        return output
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *gradients(ctx, *grads), None
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), parts)
+
+
+def _with_gradients(
+    op: torch._ops.OpOverload, setup_context: Callable[..., None], gradients: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The op's kernel for the key Autograd, as ``torch.library.register_autograd`` would make it.
+
+    That one looks at the schema at every call, a third of what a call with gradients cost the host. It is
+    for any op; this one is for ops without defaults, keyword arguments and lists of tensors.
+    """
+
+    def below(keyset: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    function = _function(op._opname, below, setup_context, gradients)
+
+    def run(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(*inputs, keyset)
+        return below(keyset, *inputs)
+
+    return run
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether an input is what a kernel takes as it is."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return not isinstance(x, Tensor)
+    # The dispatcher alone knows what has no values, and gives a view of complex numbers its sign.
+    return not (x.is_meta or x.is_neg())
+
+
+def _short_way(
+    op: torch._ops.OpOverload,
+    run: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Call the op, but past torch's dispatcher where nobody watches it.
+
+    The dispatcher brings a call into Python twice, which costs the host more than the function itself.
+    Compilers, tracers, modes, profilers, transforms and tensors of other classes see the op.
+    """
+    function = _function(op._opname, lambda _, *inputs: run(*inputs), setup_context, gradients)
+
+    def call(*inputs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_torch_function_mode_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd._profiler_enabled()
+            or not all(map(_is_plain, inputs))
+        ):
+            return op(*inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(*inputs, None)
+        return run(*inputs)
+
+    return call

@@ -66,10 +66,10 @@ def _fake_backward(grad, a, h):
 
 
 def _kernel_gradients(ctx, grad):
-    return torch.ops.transnormer.complex_scan_kernel_backward(grad, *ctx.saved_tensors)
+    return _backward_op(grad, *ctx.saved_tensors)
 
 
-kernel_ops.define(
+_op, _backward_op = kernel_ops.define(
     "complex_scan_kernel",
     "transnormer.ops.triton_scan",
     Form("(Tensor a, Tensor x) -> Tensor", _fake),
@@ -80,7 +80,7 @@ kernel_ops.define(
 
 # The first automatic row that does not refuse runs.
 IMPLEMENTATIONS = (
-    Implementation("triton", needs_triton, torch.ops.transnormer.complex_scan_kernel.default),
+    Implementation("triton", needs_triton, _op),
     Implementation("torch", lambda _: None, _scan),
 )
 

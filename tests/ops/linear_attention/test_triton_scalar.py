@@ -159,7 +159,7 @@ def test_differences_of_sums_of_gates_are_exact(reverse: bool) -> None:
     q, k, v = inputs[:3]
     call = triton_launch.Call(q, k, v, gates, None, 1.0, reverse)
     # The last chunk, which is short.
-    start = 300 // call.chunk * call.chunk
+    start = 300 // call.form.chunk * call.form.chunk
     stop = 300
     sums = call.log_decay[0, :, start:stop]
     exact = (gates[0, start:stop].double() / torch.tensor(2.0).double().log()).clamp(min=-160).mT

@@ -28,12 +28,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, d_log, d_keys, d_end):
-    run = torch.ops.transnormer.cumulative_softmax_backward
-    dx, d_start = run(d_log, d_keys, d_end, *ctx.saved_tensors, *ctx.form)
+    dx, d_start = _backward_op(d_log, d_keys, d_end, *ctx.saved_tensors, *ctx.form)
     return dx, d_start, None, None, None, None
 
 
-kernel_ops.define(
+_op, _backward_op = kernel_ops.define(
     "cumulative_softmax",
     "transnormer.ops.gates.triton_cumulative_softmax",
     Form(
@@ -59,8 +58,7 @@ def _run_triton(
     copies: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, key_dim = logits.shape[2:]
-    run = torch.ops.transnormer.cumulative_softmax
-    results = run(logits.flatten(2), log_mass.flatten(1), mask, cu_seqlens, key_dim, copies)
+    results = _op(logits.flatten(2), log_mass.flatten(1), mask, cu_seqlens, key_dim, copies)
     log_decay = results[0].unflatten(2, (heads, copies * key_dim))
     return log_decay, results[1].view(logits.shape), results[2].view(log_mass.shape)
 

@@ -28,11 +28,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradients(ctx, d_log, d_taken):
     z, bound = ctx.saved_tensors
     with_bound = bound is not None and ctx.needs_input_grad[1]
-    dz, d_bound = torch.ops.transnormer.forget_gate_backward(d_log, d_taken, z, bound, with_bound)
+    dz, d_bound = _backward_op(d_log, d_taken, z, bound, with_bound)
     return dz, d_bound.to(bound.dtype) if with_bound else None, None
 
 
-kernel_ops.define(
+_op, _backward_op = kernel_ops.define(
     "forget_gate",
     "transnormer.ops.gates.triton_forget_gate",
     Form("(Tensor z, Tensor? bound, ScalarType dtype) -> (Tensor, Tensor)", _fake),
@@ -47,7 +47,7 @@ kernel_ops.define(
 
 
 def _run_triton(z: Tensor, bound: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.ops.transnormer.forget_gate(z, bound, dtype)
+    return _op(z, bound, dtype)
 
 
 def _run_torch(z: Tensor, bound: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,10 +25,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad):
     joint, weight = ctx.saved_tensors
-    return *torch.ops.transnormer.gated_projection_backward(grad, joint, weight, ctx.silu), None
+    return *_backward_op(grad, joint, weight, ctx.silu), None
 
 
-kernel_ops.define(
+_op, _backward_op = kernel_ops.define(
     "gated_projection",
     "transnormer.ops.glu.triton_glu",
     Form("(Tensor joint, Tensor weight, bool silu) -> Tensor", _fake),
@@ -42,7 +41,7 @@ kernel_ops.define(
 
 
 def _run_triton(joint: Tensor, weight: Tensor, silu: bool) -> Tensor:
-    return torch.ops.transnormer.gated_projection(joint, weight, silu)
+    return _op(joint, weight, silu)
 
 
 def _run_torch(joint: Tensor, weight: Tensor, silu: bool) -> Tensor:

@@ -21,7 +21,8 @@ def _kept_states(joint, cu_seqlens, heads, head_dim):
     """Room for the states that enter the segments of rows; none where a row is one, or packed."""
     units = 0
     if cu_seqlens is None:
-        plan = constant_decay.plan(joint, heads, None)
+        batch, seq = joint.shape[:2]
+        plan = constant_decay.plan(batch, seq, heads, joint.device)
         units = plan.units if plan.carried else 0
     return joint.new_empty(units, heads, head_dim, head_dim, dtype=torch.float32)
 
@@ -45,14 +46,12 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradients(ctx, grad, *_):
     if grad is None:
         return None, None, None, None, None
-    grads = torch.ops.transnormer.joint_attention_backward(
-        grad, *ctx.saved_tensors, ctx.head_dim, ctx.eps
-    )
+    grads = _backward_op(grad, *ctx.saved_tensors, ctx.head_dim, ctx.eps)
     return grads, None, None, None, None
 
 
 _ARGUMENTS = "Tensor? log_decay, Tensor? cu_seqlens, int head_dim, float eps"
-kernel_ops.define(
+_op, _backward_op = kernel_ops.define(
     "joint_attention",
     "transnormer.ops.joint_attention.triton_joint",
     Form(f"(Tensor joint, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake),
@@ -97,7 +96,7 @@ def needs_triton(request: Request) -> Exception | None:
 
 
 def _run_triton(joint, log_decay, cu_seqlens, head_dim, eps):
-    return torch.ops.transnormer.joint_attention(joint, log_decay, cu_seqlens, head_dim, eps)[0]
+    return _op(joint, log_decay, cu_seqlens, head_dim, eps)[0]
 
 
 def _run_torch(joint, log_decay, cu_seqlens, head_dim, eps):

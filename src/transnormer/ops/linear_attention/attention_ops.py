@@ -4,12 +4,13 @@ What torch has to know (schema, shapes, gradients) needs no Triton; a form adds 
 """
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("transnormer", "FRAGMENT")
+from transnormer.ops import kernel_ops
+from transnormer.ops.kernel_ops import Form
+
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
     "float scale, bool reverse"
@@ -60,26 +61,6 @@ def define_attention(name: str, launches: str) -> Callable[..., tuple[Tensor, Te
             are not asked for.
     """
 
-    def forward(*args):
-        return import_module(f"{__package__}.{launches}").forward(*args)
-
-    def backward(*args):
-        return import_module(f"{__package__}.{launches}").backward(*args)
-
-    # By schema instead of by torch.library.custom_op, whose checks cost 10 us a call.
-    _LIBRARY.define(f"{name}({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
-    _LIBRARY.define(
-        f"{name}_backward(Tensor grad_o, Tensor? grad_final, {_INPUTS}, bool with_decay, "
-        "bool with_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        tags=_TAGS,
-    )
-    _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"transnormer::{name}", _fake_forward)
-    torch.library.register_fake(f"transnormer::{name}_backward", _fake_backward)
-    run = getattr(torch.ops.transnormer, name)
-    run_backward = getattr(torch.ops.transnormer, f"{name}_backward")
-
     def gradients(ctx, grad_o, grad_final):
         q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
         if grad_o is None:
@@ -93,15 +74,20 @@ def define_attention(name: str, launches: str) -> Callable[..., tuple[Tensor, Te
         d_decay, d_state = grads[3] if with_decay else None, grads[4] if with_state else None
         return *grads[:3], d_decay, d_state, None, None, None
 
-    def no_second(ctx, *grads):
-        # Without this, torch takes the second derivative for 0.
-        raise NotImplementedError(
-            "the Triton kernels of linear_attention have no second derivative; use "
-            "implementation='reference'"
-        )
-
-    torch.library.register_autograd(f"transnormer::{name}", gradients, setup_context=_setup_context)
-    torch.library.register_autograd(f"transnormer::{name}_backward", no_second)
+    run, run_backward = kernel_ops.define(
+        name,
+        f"{__package__}.{launches}",
+        Form(f"({_INPUTS}) -> (Tensor, Tensor)", _fake_forward),
+        Form(
+            f"(Tensor grad_o, Tensor? grad_final, {_INPUTS}, bool with_decay, bool with_state) -> "
+            "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+            _fake_backward,
+        ),
+        _setup_context,
+        gradients,
+        tags=_TAGS,
+        differentiable="reference",
+    )
 
     def attention(
         q: Tensor,

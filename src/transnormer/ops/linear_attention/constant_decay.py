@@ -44,13 +44,14 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(properties.multi_processor_count, shared)
 
 
-def plan(k: Tensor, heads: int, cu_seqlens: Tensor | None) -> Plan:
-    """The cut of a call; shapes alone decide, so that nothing waits for the device."""
-    batch, seq = k.shape[:2]
-    gpu = gpu_of(k.device)
-    if cu_seqlens is not None:
+def plan(
+    batch: int, seq: int, heads: int, device: torch.device, sequences: int | None = None
+) -> Plan:
+    """The cut of a call, with ``sequences`` packed; shapes alone decide: nothing waits for the device."""
+    gpu = gpu_of(device)
+    if sequences is not None:
         length = launch_config.packed_length(heads, seq, gpu)
-        return Plan(cu_seqlens.shape[0] - 1 + seq // length, length, 0, True)
+        return Plan(sequences + seq // length, length, 0, True)
     segments = launch_config.segments_of(batch * heads, seq, gpu)
     if segments == 1:
         return Plan(batch, seq, 1, False)
@@ -59,14 +60,13 @@ def plan(k: Tensor, heads: int, cu_seqlens: Tensor | None) -> Plan:
     return Plan(batch * segments, length, segments, True, pieces)
 
 
-def plan_with_sums(k: Tensor, heads: int) -> Plan:
+def plan_with_sums(batch: int, seq: int, heads: int, device: torch.device) -> Plan:
     """``plan`` of rows whose sums are wanted whatever their length: one segment has pieces too."""
-    found = plan(k, heads, None)
+    found = plan(batch, seq, heads, device)
     if found.carried:
         return found
-    batch, seq = k.shape[:2]
     # As the first of two: the only one that hands something on.
-    pieces = launch_config.pieces_of(batch * heads, seq, 2, gpu_of(k.device))
+    pieces = launch_config.pieces_of(batch * heads, seq, 2, gpu_of(device))
     length = -(-seq // (pieces * 64)) * pieces * 64
     return Plan(batch, length, 1, True, pieces)
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from transnormer.ops.linear_attention import launch_config
-from transnormer.ops.linear_attention.constant_decay import Exchange, gpu_of, plan, plan_with_sums
-from transnormer.ops.linear_attention.launch_config import Tiles
+from transnormer.ops.linear_attention.constant_decay import Exchange
 from transnormer.ops.linear_attention.triton_constant import (
     backward_kernel,
     carry_kernel,
@@ -18,12 +17,11 @@ from transnormer.ops.linear_attention.triton_constant import (
     local_state_kernel,
 )
 from transnormer.ops.linear_attention.triton_decay_gradient import decay_gradient_kernel
+from transnormer.ops.linear_attention.triton_form import form_of
 from transnormer.ops.linear_attention.triton_runtime import (
     CARRY_BLOCK,
-    arithmetic,
     block,
     device_of,
-    launch,
     sum_groups,
     walkable,
 )
@@ -32,7 +30,7 @@ from transnormer.ops.linear_attention.triton_units import unit_table
 
 
 class Call:
-    """What the launches of one call share. q, k, v: last dim contiguous; the rest: contiguous."""
+    """Tensors of one call and its form. q, k, v: last dim contiguous; the rest: contiguous."""
 
     def __init__(
         self,
@@ -46,90 +44,63 @@ class Call:
         backward: bool = False,
         in_parts: bool = False,
     ) -> None:
-        self.q, self.k, self.v, self.cu_seqlens = q, k, v, cu_seqlens
-        self.scale, self.reverse, self.dtype = scale, reverse, q.dtype
-        self.heads, self.kv_heads = q.shape[2], k.shape[2]
-        self.groups = self.heads // self.kv_heads
-        self.seq, self.key_dim, self.value_dim = k.shape[1], k.shape[3], v.shape[3]
-        self.gpu = gpu_of(k.device)
-        sums = plan_with_sums(k, self.heads) if in_parts else None
-        self.plan = sums or plan(k, self.heads, cu_seqlens)
-        self.sequences, self.packed = k.shape[0], cu_seqlens is not None
+        self.q, self.k, self.v = q, k, v
+        self.form = form = form_of(
+            q, k, v, log_decay, cu_seqlens, scale, reverse, backward=backward, in_parts=in_parts
+        )
         self.table = self.first_unit = None
         if cu_seqlens is not None:
-            self.sequences = cu_seqlens.shape[0] - 1
-            self.table, self.first_unit = unit_table(cu_seqlens, self.seq, self.plan.length)
-        self.arithmetic = arithmetic(q.dtype)
-        self.gated, self.chunk = log_decay is not None and log_decay.dim() == 3, 0
-        self.decay: dict[str, Any] = {
-            "DECAY": "none" if log_decay is None else "constant",
-            "PARTS": 1,
-        }
-        if self.gated:
-            self.decay = {"DECAY": "gates", "PARTS": 1 if self.dtype == torch.bfloat16 else 2}
-            dims = (self.key_dim, self.value_dim)
-            cuts = [self.sweep_tiles(*dims, backward=backward).chunk]
-            if backward:
-                cuts.append(self.sweep_tiles(*dims[::-1], backward=True).chunk)
-            # Sums of gates are the same in all sweeps.
-            self.chunk = min(cuts)
-            log_decay = self._gate_sums(log_decay)
+            self.table, self.first_unit = unit_table(cu_seqlens, form.seq, form.plan.length)
         # What the kernels read: one number a head, or the sums of gates.
-        self.log_decay = block(log_decay)
+        self.log_decay = self._gate_sums(log_decay) if form.gated else block(log_decay)
 
-    def _gate_sums(self, gates: Tensor) -> Tensor:
+    def _gate_sums(self, gates: Tensor | None) -> Tensor:
         """Sums of gates over the chunks of units, float32 [batch, kv_heads, seq, parts]."""
-        chunk, parts = self.chunk, self.decay["PARTS"]
-        shape = (gates.shape[0], self.kv_heads, self.seq, parts)
-        sums = torch.empty(shape, dtype=torch.float32, device=gates.device)
-        heads = min(launch_config.block_of(self.kv_heads, 1), 32)
-        chunks = -(-self.plan.length // chunk)
-        launch(
-            gate_sums_kernel, self.plan.units * chunks * -(-self.kv_heads // heads), gates, sums,
-            self.table, *gates.stride(), *self.cut, self.kv_heads, chunks, C=chunk, BH=heads,
-            PARTS=parts, PACKED=self.packed, REVERSE=self.reverse,
-        )  # fmt: skip
+        assert gates is not None
+        form, parts = self.form, self.form.decay["PARTS"]
+        sums = gates.new_empty(form.batch, form.kv_heads, form.seq, parts, dtype=torch.float32)
+
+        def rest() -> Any:
+            heads = min(launch_config.block_of(form.kv_heads, 1), 32)
+            chunks = -(-form.plan.length // form.chunk)
+            programs = form.plan.units * chunks * -(-form.kv_heads // heads)
+            numbers = *gates.stride(), *form.cut, form.kv_heads, chunks
+            constants = {
+                "C": form.chunk, "BH": heads, "PARTS": parts, "PACKED": form.packed,
+                "REVERSE": form.reverse,
+            }  # fmt: skip
+            return gate_sums_kernel, programs, numbers, constants
+
+        form.launch(("gate_sums", gates.stride()), (gates, sums, self.table), rest)
         return sums
-
-    @property
-    def cut(self) -> tuple[int, int, int]:
-        """T, L and SEGMENTS of the kernels."""
-        return self.seq, self.plan.length, self.plan.segments
-
-    def sweep_tiles(self, key_dim: int, value_dim: int, *, backward: bool = False) -> Tiles:
-        """Tiles of a sweep with these dims."""
-        rows = self.plan.units * self.heads
-        tiles = launch_config.sweep_tiles(
-            key_dim, value_dim, self.dtype, rows, self.gpu, backward=backward, gated=self.gated
-        )
-        return tiles._replace(chunk=self.chunk) if self.chunk else tiles
 
     def empty_states(self, heads: int) -> Tensor:
         """One state a sequence and head, float32, not filled."""
-        shape = (self.sequences, heads, self.key_dim, self.value_dim)
-        return torch.empty(shape, dtype=torch.float32, device=self.k.device)
+        form = self.form
+        shape = (form.sequences, heads, form.key_dim, form.value_dim)
+        return self.k.new_empty(shape, dtype=torch.float32)
 
     def empty_shares(self) -> Tensor:
         """Shares of the gates' gradient, [batch, heads, slices, seq]."""
-        tiles = self.sweep_tiles(self.value_dim, self.key_dim, backward=True)
-        slices = -(-self.key_dim // tiles.value_block)
-        shape = (self.k.shape[0], self.heads, slices, self.seq)
-        return torch.empty(shape, dtype=torch.float32, device=self.k.device)
+        form = self.form
+        tiles = form.sweep_tiles(form.value_dim, form.key_dim, backward=True)
+        slices = -(-form.key_dim // tiles.value_block)
+        return self.k.new_empty(form.batch, form.heads, slices, form.seq, dtype=torch.float32)
 
     def empty_chunk_states(self) -> Tensor:
         """One state a chunk and query head; chunk n of a unit follows all before its token."""
-        chunks = self.k.shape[0] * self.seq // self.chunk + self.plan.units
+        form = self.form
+        chunks = form.batch * form.seq // form.chunk + form.plan.units
         # A float16 does not hold every state.
-        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-        shape = (chunks, self.heads, self.key_dim, self.value_dim)
-        return torch.empty(shape, dtype=dtype, device=self.k.device)
+        dtype = torch.float32 if form.dtype == torch.float16 else form.dtype
+        return self.k.new_empty(chunks, form.heads, form.key_dim, form.value_dim, dtype=dtype)
 
     def states(self, initial: Tensor | None, exchange: Exchange | None = None) -> Tensor | None:
         """States that enter the units, [U, kv_heads, key_dim, value_dim]; None if nothing carries.
 
         ``entry_of`` says which of them are filled.
         """
-        if not self.plan.carried:
+        if not self.form.plan.carried:
             return None
         return self._entering(self.k, self.v, initial, exchange, 1.0, against=False)
 
@@ -140,9 +111,9 @@ class Call:
 
         ``entry_of`` says which of them are filled.
         """
-        if not self.plan.carried:
+        if not self.form.plan.carried:
             return None
-        return self._entering(self.q, do, d_final, exchange, self.scale, against=True)
+        return self._entering(self.q, do, d_final, exchange, self.form.scale, against=True)
 
     def _entering(
         self,
@@ -159,36 +130,44 @@ class Call:
         Without an exchange from ``initial``, with one from what it returns; where there is neither, the
         unit at which a sequence's walk begins is not written.
         """
-        heads, pieces = k.shape[2], self.plan.pieces
-        groups, shape = heads // self.kv_heads, (heads, k.shape[3], v.shape[3])
-        states = torch.empty(self.plan.units, *shape, dtype=torch.float32, device=k.device)
-        added = states.new_empty(self.plan.units * pieces, *shape)
-        cut = self.seq, self.plan.length // pieces, self.plan.segments * pieces
-        tiles = launch_config.local_state_tiles(k.shape[3], v.shape[3], self.dtype, self.gpu)
-        decays = None
-        if self.gated:
-            # Sums of gates are those of the sweeps' chunks.
-            tiles = tiles._replace(chunk=self.chunk)
-            decays = states.new_empty(added.shape[:2])
+        form, plan, heads = self.form, self.form.plan, k.shape[2]
+        groups, shape = heads // form.kv_heads, (heads, k.shape[3], v.shape[3])
+        states = k.new_empty(plan.units, *shape, dtype=torch.float32)
+        added = states.new_empty(plan.units * plan.pieces, *shape)
+        cut = form.seq, plan.length // plan.pieces, plan.segments * plan.pieces
+        # Sums of gates are those of the sweeps' chunks.
+        decays = states.new_empty(added.shape[:2]) if form.gated else None
         forms = {
-            "PIECES": pieces, "K": k.shape[3], "V": v.shape[3], "PACKED": self.packed,
-            "DECAY": self.decay["DECAY"], "REVERSE": self.reverse != against,
+            "PIECES": plan.pieces, "K": k.shape[3], "V": v.shape[3], "PACKED": form.packed,
+            "DECAY": form.decay["DECAY"], "REVERSE": form.reverse != against,
         }  # fmt: skip
-        launch(
-            local_state_kernel, added.shape[0] * heads * -(-v.shape[3] // tiles.value_block),
-            k, v, self.log_decay, added, decays, self.table, *k.stride()[:3], *v.stride()[:3], *cut,
-            heads, groups, scale, PARTS=self.decay["PARTS"], C=tiles.chunk, BD=tiles.key_block,
-            BE=tiles.value_block, SHIFT=int(against), STAGES=tiles.stages, num_warps=tiles.warps,
-            WHOLE=exchange is not None, **forms, **self.arithmetic,
-        )  # fmt: skip
+
+        def local() -> Any:
+            tiles = launch_config.local_state_tiles(k.shape[3], v.shape[3], form.dtype, form.gpu)
+            chunk = form.chunk or tiles.chunk
+            programs = added.shape[0] * heads * -(-v.shape[3] // tiles.value_block)
+            numbers = *k.stride()[:3], *v.stride()[:3], *cut, heads, groups, scale
+            constants = {
+                "PARTS": form.decay["PARTS"], "C": chunk, "BD": tiles.key_block,
+                "BE": tiles.value_block, "SHIFT": int(against), "STAGES": tiles.stages,
+                "num_warps": tiles.warps, "WHOLE": exchange is not None, **forms,
+                **form.arithmetic,
+            }  # fmt: skip
+            return local_state_kernel, programs, numbers, constants
+
+        variant = against, k.stride(), v.stride(), v.dtype, exchange is not None
+        given = k, v, self.log_decay, added, decays, self.table
+        form.launch(("local_state", *variant), given, local)
 
         def carry(into: Tensor, *, total: bool) -> None:
-            launch(
-                carry_kernel, self.sequences * heads * -(-k.shape[3] * v.shape[3] // CARRY_BLOCK),
-                added, into, initial, self.log_decay, decays, self.first_unit, self.table, *cut,
-                heads, groups, groups if against else 1, BLOCK=CARRY_BLOCK,
-                INITIAL=initial is not None, TOTAL=total, **forms,
-            )  # fmt: skip
+            def rest() -> Any:
+                programs = form.sequences * heads * -(-k.shape[3] * v.shape[3] // CARRY_BLOCK)
+                numbers = *cut, heads, groups, groups if against else 1
+                constants = {"BLOCK": CARRY_BLOCK, "INITIAL": initial is not None, "TOTAL": total}
+                return carry_kernel, programs, numbers, constants | forms
+
+            given = added, into, initial, self.log_decay, decays, self.first_unit, self.table
+            form.launch(("carry", against, total, dtype_of(initial)), given, rest)
 
         if exchange is not None:
             leaving = self.empty_states(heads)
@@ -196,6 +175,11 @@ class Call:
             initial = exchange(leaving).contiguous()
         carry(states, total=False)
         return states
+
+
+def dtype_of(x: Tensor | None) -> torch.dtype | None:
+    """Its dtype, if there is one."""
+    return None if x is None else x.dtype
 
 
 def entry_of(
@@ -244,20 +228,25 @@ def forward_and_states(
     with device_of(q):
         in_parts = exchange is not None
         call = Call(q, k, v, log_decay, cu_seqlens, scale, reverse, in_parts=in_parts)
-        states = call.states(initial_state, exchange)
+        form, states = call.form, call.states(initial_state, exchange)
         entry, kind = entry_of(states, initial_state, exchange)
-        o = q.new_empty(*q.shape[:3], call.value_dim)
-        final = call.empty_states(call.kv_heads)
-        tiles = call.sweep_tiles(call.key_dim, call.value_dim)
-        launch(
-            forward_kernel,
-            call.plan.units * call.heads * -(-call.value_dim // tiles.value_block),
-            q, k, v, call.log_decay, entry, o, final, call.table,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *call.cut, call.heads, call.groups,
-            scale, K=call.key_dim, V=call.value_dim, C=tiles.chunk, BD=tiles.key_block,
-            BE=tiles.value_block, ENTRY=kind, PACKED=call.packed, REVERSE=reverse, STAGES=tiles.stages,
-            num_warps=tiles.warps, **call.decay, **call.arithmetic,
-        )  # fmt: skip
+        o = q.new_empty(*q.shape[:3], form.value_dim)
+        final = call.empty_states(form.kv_heads)
+
+        def rest() -> Any:
+            tiles = form.sweep_tiles(form.key_dim, form.value_dim)
+            programs = form.plan.units * form.heads * -(-form.value_dim // tiles.value_block)
+            strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+            constants = {
+                "K": form.key_dim, "V": form.value_dim, "C": tiles.chunk, "BD": tiles.key_block,
+                "BE": tiles.value_block, "ENTRY": kind, "PACKED": form.packed, "REVERSE": reverse,
+                "STAGES": tiles.stages, "num_warps": tiles.warps, **form.decay, **form.arithmetic,
+            }  # fmt: skip
+            numbers = *strides, *form.cut, form.heads, form.groups, scale
+            return forward_kernel, programs, numbers, constants
+
+        given = q, k, v, call.log_decay, entry, o, final, call.table
+        form.launch(("forward", kind, dtype_of(entry)), given, rest)
     return o, final, states
 
 
@@ -301,20 +290,21 @@ def backward(
         grad_entry = entry_of(call.grad_states(do, d_final, exchange), d_final, exchange)
         d_initial = q.new_empty(0, dtype=torch.float32)
         if with_initial:
-            d_initial = call.empty_states(call.heads)
+            d_initial = call.empty_states(call.form.heads)
         with_decay = with_decay and log_decay is not None
-        d_gates = call.empty_shares() if call.gated and with_decay else None
+        d_gates = call.empty_shares() if call.form.gated and with_decay else None
         dq, dk, dv = _sweeps(call, do, entry, grad_entry, d_initial, with_initial, d_gates, into)
         d_decay = q.new_empty(0)
         if with_decay and log_decay is not None:
             if d_gates is None:
                 d_decay = decay_gradient(call, log_decay, do, entry, grad_entry)
             else:
-                d_decay = d_gates.unflatten(1, (call.kv_heads, call.groups)).sum((2, 3)).mT
+                heads = (call.form.kv_heads, call.form.groups)
+                d_decay = d_gates.unflatten(1, heads).sum((2, 3)).mT
                 d_decay = d_decay.to(log_decay.dtype).contiguous()
-    dk, dv = sum_groups(dk, 2, call.kv_heads), sum_groups(dv, 2, call.kv_heads)
+    dk, dv = sum_groups(dk, 2, k.shape[2]), sum_groups(dv, 2, k.shape[2])
     if with_initial:
-        d_initial = sum_groups(d_initial, 1, call.kv_heads)
+        d_initial = sum_groups(d_initial, 1, k.shape[2])
     return dq, dk, dv, d_decay, d_initial
 
 
@@ -329,32 +319,43 @@ def _sweeps(
     into: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, the last two for each query head; fills d_initial and d_gates."""
-    q, k, v = call.q, call.k, call.v
-    rows, key_dim, value_dim = q.shape[:3], call.key_dim, call.value_dim
+    form, q, k, v = call.form, call.q, call.k, call.v
+    rows, key_dim, value_dim = q.shape[:3], form.key_dim, form.value_dim
     dq, dk, dv = into or [q.new_empty(*rows, dim) for dim in (key_dim, key_dim, value_dim)]
     states = None if d_gates is None else call.empty_chunk_states()
     # The stride along a dim of size 1 says nothing.
-    walk = 1 if call.seq > 1 else 0
+    walk = 1 if form.seq > 1 else 0
     # One launch where the sweeps have the same shape; with gates, q's comes after k's.
     launches = ((0, 3),) if key_dim == value_dim else ((0, 2), (2, 1))
-    if call.gated:
+    if form.gated:
         launches = ((1, 2), (0, 1)) if key_dim == value_dim else ((2, 1), (1, 1), (0, 1))
+    given = (
+        q, k, v, do, call.log_decay, entry[0], grad_entry[0], dq, dk, dv, d_initial, d_gates, states,
+        call.table,
+    )  # fmt: skip
     for first, count in launches:
-        dims = (key_dim, value_dim) if first == 2 else (value_dim, key_dim)
-        tiles = call.sweep_tiles(*dims, backward=True)
-        programs = count * call.plan.units * call.heads * -(-dims[1] // tiles.value_block)
-        launch(
-            backward_kernel, programs,
-            q, k, v, do, call.log_decay, entry[0], grad_entry[0], dq, dk, dv, d_initial, d_gates,
-            states, call.table,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-            (dv if first == 2 else dq).stride(walk), *call.cut,
-            call.heads, call.groups, call.scale, K=key_dim, V=value_dim, FIRST=first, COUNT=count,
-            D=dims[0], E=dims[1], C=tiles.chunk, BD=tiles.key_block, BE=tiles.value_block,
-            ENTRY=entry[1], GRAD_ENTRY=grad_entry[1], D_INITIAL=with_initial and first + count == 3,
-            D_GATES=d_gates is not None and first < 2, PACKED=call.packed, REVERSE=call.reverse,
-            STAGES=tiles.stages, num_warps=tiles.warps, **call.decay, **call.arithmetic,
-        )  # fmt: skip
+        out_token = (dv if first == 2 else dq).stride(walk)
+
+        def rest(first: int = first, count: int = count, out_token: int = out_token) -> Any:
+            dims = (key_dim, value_dim) if first == 2 else (value_dim, key_dim)
+            tiles = form.sweep_tiles(*dims, backward=True)
+            programs = count * form.plan.units * form.heads * -(-dims[1] // tiles.value_block)
+            strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3]
+            numbers = *strides, out_token, *form.cut, form.heads, form.groups, form.scale
+            constants = {
+                "K": key_dim, "V": value_dim, "FIRST": first, "COUNT": count, "D": dims[0],
+                "E": dims[1], "C": tiles.chunk, "BD": tiles.key_block, "BE": tiles.value_block,
+                "ENTRY": entry[1], "GRAD_ENTRY": grad_entry[1],
+                "D_INITIAL": with_initial and first + count == 3,
+                "D_GATES": d_gates is not None and first < 2, "PACKED": form.packed,
+                "REVERSE": form.reverse, "STAGES": tiles.stages, "num_warps": tiles.warps,
+                **form.decay, **form.arithmetic,
+            }  # fmt: skip
+            return backward_kernel, programs, numbers, constants
+
+        kinds = entry[1], dtype_of(entry[0]), grad_entry[1], dtype_of(grad_entry[0])
+        sides = do.stride(), do.dtype, out_token, dq.dtype, with_initial, d_gates is not None
+        form.launch(("backward", first, *kinds, *sides), given, rest)
     return dq, dk, dv
 
 
@@ -366,17 +367,24 @@ def decay_gradient(
     grad_entry: tuple[Tensor | None, str],
 ) -> Tensor:
     """The gradient of log_decay, [kv_heads] in its dtype; summed in float32."""
-    q, k, v = call.q, call.k, call.v
-    tiles = launch_config.gradient_tiles(call.key_dim, call.value_dim, call.dtype)
-    slices = -(-call.value_dim // tiles.value_block)
-    shape = (call.plan.units, call.kv_heads, call.groups * slices)
-    shares = torch.empty(shape, dtype=torch.float32, device=k.device)
-    launch(
-        decay_gradient_kernel, shares.numel(),
-        q, k, v, do, call.log_decay, entry[0], grad_entry[0], shares, call.table,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *call.cut, call.heads,
-        call.groups, call.scale, K=call.key_dim, V=call.value_dim, C=tiles.chunk,
-        BD=tiles.key_block, BE=tiles.value_block, ENTRY=entry[1], GRAD_ENTRY=grad_entry[1],
-        PACKED=call.packed, REVERSE=call.reverse, num_warps=tiles.warps, **call.arithmetic,
-    )  # fmt: skip
+    form, q, k, v = call.form, call.q, call.k, call.v
+    tiles = launch_config.gradient_tiles(form.key_dim, form.value_dim, form.dtype)
+    slices = -(-form.value_dim // tiles.value_block)
+    shape = (form.plan.units, form.kv_heads, form.groups * slices)
+    shares = k.new_empty(shape, dtype=torch.float32)
+
+    def rest() -> Any:
+        strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3]
+        numbers = *strides, *form.cut, form.heads, form.groups, form.scale
+        constants = {
+            "K": form.key_dim, "V": form.value_dim, "C": tiles.chunk, "BD": tiles.key_block,
+            "BE": tiles.value_block, "ENTRY": entry[1], "GRAD_ENTRY": grad_entry[1],
+            "PACKED": form.packed, "REVERSE": form.reverse, "num_warps": tiles.warps,
+            **form.arithmetic,
+        }  # fmt: skip
+        return decay_gradient_kernel, shares.numel(), numbers, constants
+
+    given = q, k, v, do, call.log_decay, entry[0], grad_entry[0], shares, call.table
+    kinds = entry[1], dtype_of(entry[0]), grad_entry[1], dtype_of(grad_entry[0])
+    form.launch(("decay_gradient", *kinds, do.stride(), do.dtype), given, rest)
     return shares.sum((0, 2)).to(log_decay.dtype)

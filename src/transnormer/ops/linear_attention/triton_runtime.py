@@ -55,9 +55,10 @@ def sum_groups(x: Tensor, dim: int, kv_heads: int) -> Tensor:
     return x.unflatten(dim, (kv_heads, -1)).sum(dim + 1, dtype=x.dtype)
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
     """Run a kernel with so many programs; a grid's first axis alone holds 2^31 of them.
 
-    ``constants`` are its constexpr arguments and options such as num_warps.
+    ``constants`` are its constexpr arguments and options such as num_warps. Returns the compiled
+    kernel, None from the interpreter.
     """
-    kernel[(programs,)](*arguments, **constants)
+    return kernel[(programs,)](*arguments, **constants)

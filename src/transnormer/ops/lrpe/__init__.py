@@ -27,12 +27,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _gradients(ctx, dx, dy):
     x, y, positions, theta = ctx.saved_tensors
-    run = torch.ops.transnormer.lrpe_backward
-    dx, dy, d_theta = run(dx, None if y is None else dy, x, y, positions, theta)
+    dx, dy, d_theta = _backward_op(dx, None if y is None else dy, x, y, positions, theta)
     return dx, None if y is None else dy, None, d_theta
 
 
-kernel_ops.define(
+_op, _backward_op = kernel_ops.define(
     "lrpe",
     "transnormer.ops.lrpe.triton_lrpe",
     Form("(Tensor x, Tensor? y, Tensor positions, Tensor theta) -> (Tensor, Tensor)", _fake),
@@ -69,10 +68,10 @@ def doubled(x: tuple[Tensor, ...], angles: Tensor) -> tuple[Tensor, ...]:
 
 def _run_triton(x: tuple[Tensor, ...], positions: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
     # Two at a time, as a query and its key are: the angles are the same.
-    run, found = torch.ops.transnormer.lrpe, []
+    found: list[Tensor] = []
     for i in range(0, len(x), 2):
         second = x[i + 1] if i + 1 < len(x) else None
-        found += run(x[i], second, positions, theta)[: 1 if second is None else 2]
+        found += _op(x[i], second, positions, theta)[: 1 if second is None else 2]
     return tuple(found)
 
 
