@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import patch_language_once_a_launch
 
 # A hub name would otherwise be retried for 20 seconds before it fails.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,12 +27,17 @@ def pytest_configure() -> None:
     # tf32 would hide a lost digit on GPUs.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    patch_language_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
 def _clean_slate() -> Iterator[None]:
     """Seed, and fill fresh memory with NaN, so that reading what nobody wrote shows."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        # Without the walk through the stack for each kind of accelerator that is not here.
+        torch.default_generator.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from interpreter import patch_language_once_a_launch
 
 from transnormer.parallel import mesh
 
 SIZES = (1, 2, 3, 4, 8)
 _IMPORTS = ["transnormer.parallel.layout", "transnormer.train", "torch.distributed.tensor.parallel"]
+# Seconds that every rank would otherwise spend by itself, when it first compiles or adapts.
+_LATER_IMPORTS = ["torch._inductor.compile_fx", "peft"]
 # The longest call of a test.
 _PATIENCE = 100.0
 
@@ -66,6 +69,7 @@ def _serve(rank: int, size: int, store: str, pipe: Any, backend: str) -> None:
     else:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = True
+        patch_language_once_a_launch()
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     groups = {n: dist.new_group(list(range(n))) for n in SIZES if n <= size}
     shared = _Groups()
@@ -101,7 +105,9 @@ class Ranks:
         else:
             # Forked from a process that has done the imports: they cost more than all the tests.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(_IMPORTS)
+            # Of those some look for GPUs, which a forked process could not use any more.
+            later = [] if torch.cuda.is_available() else _LATER_IMPORTS
+            context.set_forkserver_preload(_IMPORTS + later)
         self._starts += 1
         store = str(self._folder / f"store{self._starts}")
         for rank in range(self.size):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from nn.mixer_cases import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -59,12 +60,38 @@ def test_the_architecture_lists_every_kind_and_its_file() -> None:
     }
 
 
-def test_the_document_leads_to_a_mixer_that_keeps_the_contract(tmp_path: Path) -> None:
+@pytest.fixture
+def followed(tmp_path: Path) -> Path:
+    """A copy of the project in which the document was followed."""
     for folder in ("src", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     follow(tmp_path)
+    return tmp_path
+
+
+def test_the_places_that_the_document_names_are_there(followed: Path) -> None:
+    code = (
+        "from nn.mixer_cases import SCALAR_GATE; from transnormer.models import zoo; "
+        "print(len(SCALAR_GATE), *[name for name in zoo.names() if 'scalar' in name])"
+    )
+    paths = [str(followed / folder) for folder in ("src", "tests")]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=followed,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.split()[0] == "2", done.stdout
+    assert "scalar" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_document_leads_to_a_mixer_that_keeps_the_contract(followed: Path) -> None:
     suites = ("nn/test_mixer_contract.py", "models/test_cost.py", "models/test_zoo_table.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [
@@ -76,8 +103,8 @@ def test_the_document_leads_to_a_mixer_that_keeps_the_contract(tmp_path: Path) -
     ]
     done = subprocess.run(
         command,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
+        cwd=followed,
+        env={**os.environ, "PYTHONPATH": str(followed / "src")},
         capture_output=True,
         text=True,
         check=False,

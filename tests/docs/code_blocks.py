@@ -76,6 +76,11 @@ def reason_not_run(words: list[str]) -> str | None:
     return NOT_RUN.get(name)
 
 
+def starts_processes(words: list[str]) -> bool:
+    """Whether a command line starts processes that share its work, which takes long."""
+    return "--ranks" in words
+
+
 def reason_of(block: Block) -> str | None:
     """Why a block is not run: it says so, or it is Python that needs what is not here."""
     if block.not_run is not None or block.language != "python":
@@ -84,10 +89,13 @@ def reason_of(block: Block) -> str | None:
 
 
 class Reader:
-    """Runs blocks one after the other; those of Python share their names, as in a session."""
+    """Runs blocks one after the other; those of Python share their names, as in a session.
 
-    def __init__(self, document: str, names: dict[str, object]) -> None:
-        self.document, self.names = document, names
+    Without ``processes`` commands that start some are not run.
+    """
+
+    def __init__(self, document: str, names: dict[str, object], processes: bool = True) -> None:
+        self.document, self.names, self.processes = document, names, processes
         self.done: list[str] = []
         self.left: list[str] = []
 
@@ -119,6 +127,8 @@ class Reader:
 
     def _command(self, where: str, words: list[str]) -> None:
         reason = reason_not_run(words)
+        if reason is None and not self.processes and starts_processes(words):
+            reason = "it starts processes, as the slow tests let it"
         if reason is not None:
             self.left.append(f"{where} {shlex.join(words)}: {reason}")
             return

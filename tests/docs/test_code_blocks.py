@@ -11,7 +11,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from docs.code_blocks import TEXT, Block, Reader, blocks_of, reason_of
+from docs.code_blocks import (
+    TEXT,
+    Block,
+    Reader,
+    blocks_of,
+    commands_of,
+    reason_of,
+    starts_processes,
+)
 from train_cases import run_file, some_text
 
 from transnormer.cli.app import run
@@ -60,14 +68,33 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("document", with_code(), ids=name_of)
+def of_many_processes(document: Path) -> bool:
+    shell = [block for block in blocks_of(document) if block.language == "sh"]
+    return any(starts_processes(words) for block in shell for words in commands_of(block))
+
+
+@pytest.mark.parametrize(
+    ("document", "processes"),
+    [
+        *(pytest.param(x, False, id=name_of(x)) for x in with_code()),
+        *(
+            pytest.param(x, True, id=f"{name_of(x)}-processes", marks=pytest.mark.slow)
+            for x in with_code()
+            if of_many_processes(x)
+        ),
+    ],
+)
 def test_the_code_of_a_document_runs(
-    document: Path, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: Path,
+    processes: bool,
+    workshop: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "clone"
     shutil.copytree(workshop, folder)
     monkeypatch.chdir(folder)
-    reader = Reader(name_of(document), {"__name__": "__main__"})
+    reader = Reader(name_of(document), {"__name__": "__main__"}, processes)
     for block in blocks_of(document):
         reader.read(block)
     print("\n".join(["ran:", *reader.done, "not run:", *reader.left]))

@@ -179,7 +179,7 @@ def test_all_parameters_of_a_grid_learn() -> None:
             assert bool((x.grad != 0).any()), name
 
 
-@pytest.mark.parametrize("build", [lightnet, vit])
+@pytest.mark.parametrize("build", [lightnet, pytest.param(vit, marks=pytest.mark.slow)])
 def test_compiled_grids_are_one_graph(build) -> None:
     model, ids = build(), make_ids(2, 15)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -513,6 +513,8 @@ def test_a_model_made_on_meta_is_reset_to_a_whole_one(case: MixerCase) -> None:
 compiled_case = pytest.mark.parametrize(
     "case", [c for c in CASES if c.compiles], ids=lambda case: case.name
 )
+# A constant decay and a gate per key; the others compile in the slow suite.
+COMPILED_OFTEN = {"lightning", "hgrn2"}
 
 
 class Alone(nn.Module):
@@ -529,7 +531,14 @@ class Alone(nn.Module):
         return self.mixer(x, positions=positions, shared=shared)[0]
 
 
-@compiled_case
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=c.name, marks=() if c.name in COMPILED_OFTEN else pytest.mark.slow)
+        for c in CASES
+        if c.compiles
+    ],
+)
 def test_mixer_compiles_whole_and_serves_other_lengths(case: MixerCase) -> None:
     torch._dynamo.reset()
     mixer = Alone(case)

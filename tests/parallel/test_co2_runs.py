@@ -57,7 +57,7 @@ def rows(run_dir: Path) -> list[dict]:
     ("method", "axes"),
     [
         ("co2", ("parallel.dp_replicate=2",)),
-        ("co2_eager", ("parallel.dp_replicate=4",)),
+        pytest.param("co2_eager", ("parallel.dp_replicate=4",), marks=pytest.mark.slow),
         pytest.param(
             "diloco", ("parallel.dp_replicate=2", "parallel.tp=2"), marks=pytest.mark.slow
         ),
@@ -187,6 +187,7 @@ def test_tau_is_found_once_and_kept(ranks: Ranks, tmp_path: Path) -> None:
     assert found == {12: 5, 17: 5, 22: 5}
 
 
+@pytest.mark.slow
 def test_tau_is_corrected_by_what_rounds_cost(ranks: Ranks, tmp_path: Path) -> None:
     table = ("parallel.dp_replicate=4", "parallel.outer.method=co2", "parallel.outer.tau=auto")
     config = folder(tmp_path, "many", *table, "train.steps=68", "train.eval_every=1")

@@ -1,5 +1,6 @@
 """Training on a mesh of ranks is training in one process: losses, gradients, updates, checkpoints."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -28,23 +29,31 @@ def alone(steps: int) -> dict[str, Any]:
     return train(None, CONFIG, Axes(), None, range(steps), ADAMW)
 
 
-@pytest.mark.parametrize("parts", [1, 2], ids=["whole", "micro_batches"])
-@pytest.mark.parametrize(
-    "axes",
-    [
-        Axes(dp_shard=4),
-        Axes(dp_replicate=2, dp_shard=2),
-        Axes(dp_replicate=4),
-        Axes(dp_shard=2, sp=2),
-        Axes(dp_replicate=2, sp=2),
-        Axes(sp=4),
-        Axes(tp=4),
-        Axes(dp_shard=2, tp=2),
-        Axes(dp_replicate=2, tp=2),
-        Axes(sp=2, tp=2),
-    ],
-    ids=lambda axes: "-".join(f"{name}{n}" for name, n in axes._asdict().items() if n > 1),
+# With micro-batches in the fast suite: every axis once.
+IN_PARTS = (Axes(dp_replicate=2, dp_shard=2), Axes(sp=4), Axes(dp_shard=2, tp=2))
+ALL_AXES = (
+    Axes(dp_shard=4),
+    Axes(dp_replicate=2, dp_shard=2),
+    Axes(dp_replicate=4),
+    Axes(dp_shard=2, sp=2),
+    Axes(dp_replicate=2, sp=2),
+    Axes(sp=4),
+    Axes(tp=4),
+    Axes(dp_shard=2, tp=2),
+    Axes(dp_replicate=2, tp=2),
+    Axes(sp=2, tp=2),
 )
+
+
+def layouts() -> Iterator[Any]:
+    for axes in ALL_AXES:
+        name = "-".join(f"{name}{n}" for name, n in axes._asdict().items() if n > 1)
+        yield pytest.param(axes, 1, id=f"{name}-whole")
+        marks = () if axes in IN_PARTS else pytest.mark.slow
+        yield pytest.param(axes, 2, id=f"{name}-micro_batches", marks=marks)
+
+
+@pytest.mark.parametrize(("axes", "parts"), list(layouts()))
 def test_every_layout_trains_as_one_process(ranks: Ranks, axes: Axes, parts: int) -> None:
     found = ranks.run(4, train, CONFIG, axes, None, range(3), ADAMW, parts)
     assert_same_training(found[0], alone(3))

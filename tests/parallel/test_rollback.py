@@ -40,7 +40,11 @@ def compare(found: Path, exact: Path) -> None:
         torch.testing.assert_close(weights[0][name], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [Axes(dp_shard=2, sp=2), Axes(dp_replicate=2, tp=2)], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [Axes(dp_shard=2, sp=2), pytest.param(Axes(dp_replicate=2, tp=2), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_all_go_back_to_the_snapshot_of_one_process(
     ranks: Ranks, tmp_path: Path, axes: Axes
 ) -> None:

@@ -41,7 +41,9 @@ HALF = ("train.weights=bfloat16", "train.precision=bfloat16")
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("data.packing=documents",), HALF], ids=["stream", "documents", "bfloat16"]
+    "settings",
+    [(), pytest.param(("data.packing=documents",), marks=pytest.mark.slow), HALF],
+    ids=["stream", "documents", "bfloat16"],
 )
 def test_a_run_that_is_laid_out_anew_goes_on_exactly(
     ranks: Ranks, tmp_path: Path, settings: tuple[str, ...]

@@ -56,8 +56,24 @@ def test_every_layout_begins_with_the_weights_of_one_process(
     check(ranks, run, hybrid(pad_token_id=3, tie_embeddings="tp" in name))
 
 
-@pytest.mark.parametrize("name", ["dp4", "dp2-tp2"])
-@pytest.mark.parametrize("how", ["scaled", "bfloat16", "rest", "compiled"])
+def mostly_slow(*often: str) -> list[Any]:
+    """Both layouts of every "HOW-LAYOUT", of which each of HOW is begun often in one alone."""
+    pairs = [(pair.split("-")[0], name) for pair in often for name in ("dp4", "dp2-tp2")]
+    return [
+        pytest.param(
+            how,
+            name,
+            id=f"{how}-{name}",
+            marks=() if f"{how}-{name}" in often else pytest.mark.slow,
+        )
+        for how, name in pairs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    mostly_slow("scaled-dp2-tp2", "bfloat16-dp4", "rest-dp2-tp2", "compiled-dp2-tp2"),
+)
 def test_scaled_and_rounded_models_begin_with_the_weights_of_one_process(
     ranks: Ranks, tmp_path: Path, name: str, how: str
 ) -> None:
@@ -81,8 +97,12 @@ def test_a_classifier_begins_with_the_weights_of_one_process(ranks: Ranks, tmp_p
     check(ranks, run_of(tmp_path, LAYOUTS["dp4"]), config)
 
 
-@pytest.mark.parametrize("name", ["dp4", "dp2-tp2"])
-@pytest.mark.parametrize("kind", ["decoder", "classifier", "adapters", "split", "rounded"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    mostly_slow(
+        "decoder-dp4", "classifier-dp2-tp2", "adapters-dp4", "split-dp2-tp2", "rounded-dp4"
+    ),
+)
 def test_a_run_begins_with_the_weights_of_files(
     ranks: Ranks, tmp_path: Path, name: str, kind: str
 ) -> None:

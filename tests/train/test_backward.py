@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerances import COMPILED_LOSS, RESIDUAL_LOSS, SEGMENTS
 from torch._dynamo.testing import CompileCounterWithBackend
-from train_cases import Found, Notes, constant_evaluation
+from train_cases import Found, Notes, constant_evaluation, tiny_run
 
 from transnormer.models.compilation import compile_blocks
 from transnormer.models.decoder import Decoder
@@ -93,6 +93,27 @@ def test_compiled_blocks_follow_the_plain_run(
 WEIGHTS = "train.weights=bfloat16"
 
 
+def losses_in_bfloat16(folder: Path, *settings: str) -> list[float]:
+    """The losses of 200 steps."""
+    config = tiny_run(
+        folder,
+        *settings,
+        "train.precision=bfloat16",
+        "train.steps=200",
+        "model.dropout=0",
+        # The rate of the recipe: at larger ones both curves leave any third one too.
+        "optimizer.lr=3e-4",
+    )
+    run_training(config, progress=(notes := Notes()))
+    return [report.loss for report in notes.steps]
+
+
+@pytest.fixture(scope="module")
+def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Those of float32 weights and a float32 stream."""
+    return losses_in_bfloat16(tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -107,23 +128,11 @@ WEIGHTS = "train.weights=bfloat16"
     ids=["residual", "weights", "weights-parts", "weights-segments"],
 )
 def test_a_bfloat16_stream_or_weights_follow_float32_ones(
-    make_config: MakeConfig, tmp_path: Path, settings: tuple[str, ...]
+    plain_losses: list[float], tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
-    losses = {}
-    for name, added in (("plain", ()), ("bfloat16", settings)):
-        config = make_config(
-            *added,
-            "train.precision=bfloat16",
-            "train.steps=200",
-            "model.dropout=0",
-            # The rate of the recipe: at larger ones both curves leave any third one too.
-            "optimizer.lr=3e-4",
-            f"output.dir={tmp_path / name}",
-        )
-        run_training(config, progress=(notes := Notes()))
-        losses[name] = [report.loss for report in notes.steps]
-    assert losses["bfloat16"] == pytest.approx(losses["plain"], rel=RESIDUAL_LOSS)
-    assert losses["bfloat16"] != losses["plain"]
+    losses = losses_in_bfloat16(tmp_path, *settings)
+    assert losses == pytest.approx(plain_losses, rel=RESIDUAL_LOSS)
+    assert losses != plain_losses
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_a_rollback_restores_every_bit(
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
-@pytest.mark.parametrize("stop", [13, 15])
+@pytest.mark.parametrize("stop", [pytest.param(13, marks=pytest.mark.slow), 15])
 def test_an_interrupted_run_answers_alike(
     make_config: MakeConfig, plant: Plant, tmp_path: Path, action: str, stop: int
 ) -> None:

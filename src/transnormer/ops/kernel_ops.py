@@ -161,12 +161,17 @@ def _with_gradients(
     return run
 
 
-def _is_plain(x: Any) -> bool:
-    """Whether an input is what a kernel takes as it is."""
-    if type(x) not in (Tensor, nn.Parameter):
-        return not isinstance(x, Tensor)
-    # The dispatcher alone knows what has no values, and gives a view of complex numbers its sign.
-    return not (x.is_meta or x.is_neg())
+def _are_plain(inputs: Sequence[Any]) -> bool:
+    """Whether a kernel takes the inputs as they are."""
+    for x in inputs:
+        kind = type(x)
+        if kind is Tensor or kind is nn.Parameter:
+            # The dispatcher alone knows what has no values, and gives views of complex numbers their sign.
+            if x.is_meta or x.is_neg():
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return True
 
 
 def _short_way(
@@ -190,7 +195,7 @@ def _short_way(
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state() is not None
             or torch.autograd._profiler_enabled()
-            or not all(map(_is_plain, inputs))
+            or not _are_plain(inputs)
         ):
             return op(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
