@@ -198,11 +198,16 @@ def rows_of_an_earlier(
     }
 
 
-def publish(result: dict[str, Any], output: Path, keys: Sequence[str] = ()) -> None:
-    """Write the result, and print it (or these keys of it) as one line of JSON, the last one."""
-    result = finite(result)
+def write(result: dict[str, Any], output: Path) -> None:
+    """Write the result, whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
     temporary.replace(output)
+
+
+def publish(result: dict[str, Any], output: Path, keys: Sequence[str] = ()) -> None:
+    """Write the result, and print it (or these keys of it) as one line of JSON, the last one."""
+    write(result, output)
+    result = finite(result)
     print(json.dumps({key: result[key] for key in keys} if keys else result))

@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,10 @@ def show(result: dict[str, Any]) -> None:
         print(f"FAILED: {failure}")
 
 
-def run(options: argparse.Namespace, result: dict[str, Any]) -> list[str]:
-    """Fill the result row by row; returns what failed of ours."""
+def run(options: argparse.Namespace, result: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Fill the result row by row, what failed of ours among it, and keep it after each."""
     clock = Clock(options.device, options.repeat_ms)
-    started, failures = time.monotonic(), []
+    started, failures = time.monotonic(), result["failures"]
     rows = [row for row in (*ATTENTION_ROWS, *DTYPE_ROWS) if row.name in options.selected]
     chosen = [PEERS[name] for name in options.peers if name in PEERS]
     compiled = [peer.name for peer in chosen if peer in LINEAR_PEERS]
@@ -303,6 +304,7 @@ def run(options: argparse.Namespace, result: dict[str, Any]) -> list[str]:
                 for layer in LAYERS
                 if "error" in found["ours"][layer].get("in_a_graph", {})
             ]
+        keep()
     for name in [name for name in options.selected if name in PARTS]:
         try:
             extra: dict[str, Any] = {}
@@ -318,8 +320,8 @@ def run(options: argparse.Namespace, result: dict[str, Any]) -> list[str]:
             failures.append(f"{name}: {error_text(error)}")
             if is_lost(error):
                 raise
+        keep()
         clock.free()
-    return failures
 
 
 def main() -> int:
@@ -342,20 +344,26 @@ def main() -> int:
         "environment": harness.gpu_environment(options.commit),
         "implementation": options.implementation,
         "rows": [],
+        "failures": [],
     }
     if options.device == "cpu":
         result["dry_run"] = "toy sizes on a CPU: the numbers mean nothing"
     started = time.monotonic()
+
+    def keep() -> None:
+        result["wall_s"] = time.monotonic() - started
+        result["summary"] = summarise(result["rows"])
+        harness.write(result, options.output)
+
     try:
-        failures = run(options, result)
-    except Exception as error:
-        # The device is gone; what was measured before is kept.
-        failures = [f"the run ended early: {error_text(error)}"]
-    result |= {"failures": failures, "wall_s": time.monotonic() - started}
-    result["summary"] = summarise(result["rows"])
+        run(options, result, keep)
+    except (Exception, KeyboardInterrupt) as error:
+        # The device is gone, or the time; what was measured before is kept.
+        result["failures"].append(f"the run ended early: {error_text(error)}")
+    keep()
     show(result)
     harness.publish(result, options.output, SHORT)
-    return 1 if failures else 0
+    return 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ LINEAR_PEERS = (FLA_CHUNK, FLA_FUSED, OPENNLPLAB)
 SOFTMAX_PEERS = (SOFTMAX_FA2, SOFTMAX_CUDNN)
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """One short line about an exception."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {' '.join(line.strip() for line in lines)[:300]}"

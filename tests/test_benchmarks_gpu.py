@@ -237,6 +237,30 @@ def test_dry_run_of_op_gpu_takes_every_path(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_an_interrupted_run_of_op_gpu_keeps_its_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    op_gpu, output = module("op_gpu", monkeypatch), tmp_path / "op.json"
+    names = [row.name for row in op_gpu.ATTENTION_ROWS[:2]]
+    done: list[str] = []
+
+    def run_row(row: Any, *others: Any) -> dict[str, Any]:
+        done.append(row.name)
+        if len(done) == 2:
+            # It is on the disk by now, should the process be killed.
+            assert [kept["row"] for kept in json.loads(output.read_text())["rows"]] == names[:1]
+            raise KeyboardInterrupt
+        return {"error": "none was made", "peers": {}, "seconds": 0.0}
+
+    monkeypatch.setattr(op_gpu, "run_row", run_row)
+    arguments = ["--device", "cpu", "--peers", "ours", "--output", str(output), "--rows", *names]
+    monkeypatch.setattr(sys, "argv", ["op_gpu.py", *arguments])
+    assert op_gpu.main() == 1
+    result = json.loads(output.read_text())
+    assert [row["row"] for row in result["rows"]] == names[:1]
+    assert result["failures"][-1] == "the run ended early: KeyboardInterrupt: "
+
+
 def test_runs_of_different_rows_become_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
     op_gpu = module("op_gpu", monkeypatch)
     verdict = {"value": 0.4, "at_most": 0.5, "met": True}
