@@ -1,4 +1,6 @@
-"""Reads the machine code of compiled kernels for a known mistake of the assembler.
+"""Reads the machine code of compiled kernels: for a known mistake of the assembler, and for spills.
+
+Both forms of it are read: that of NVIDIA's tools and that of Triton's ``asm["sass"]``.
 
 ptxas 12.8, which Triton 3.6 ships, can add an offset to the address of a matrix product's operand
 in a uniform register that does not hold the address: it places the addition before the address is
@@ -9,7 +11,8 @@ often after a loop of one iteration. The results are wrong, or memory out of bou
 import re
 from typing import NamedTuple
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_LINE = re.compile(r"(?:/\*([0-9a-f]{4,})\*/\s+|^[\w:-]+\t)(.*?);")
+_LABEL = re.compile(r"^\s*(\w+):\s*$")
 _UNIFORM = re.compile(r"\bUR(\d+)\b")
 _DESCRIPTOR = re.compile(r"gdesc\[UR(\d+)\]")
 
@@ -29,7 +32,7 @@ def lost_descriptors(sass: str) -> tuple[int, list[Descriptor]]:
     """
     addresses: set[int] = set()
     lost, products = [], 0
-    for line in sass.splitlines():
+    for number, line in enumerate(sass.splitlines()):
         found = _LINE.search(line)
         if found is None:
             continue
@@ -40,7 +43,7 @@ def lost_descriptors(sass: str) -> tuple[int, list[Descriptor]]:
         if name.startswith("HGMMA"):
             products += 1
             lost += [
-                Descriptor(found[1], register)
+                Descriptor(found[1] or f"line {number}", register)
                 for register in _operands(operands)
                 if register not in addresses
             ]
@@ -71,3 +74,18 @@ def _operands(operands: list[str]) -> list[int]:
             first = int(found[1])
             registers += [first, first + 2] if place == 1 else [first + 2]
     return registers
+
+
+def local_accesses_in_loops(sass: str) -> list[int]:
+    """Reads and writes of local memory in each loop of Triton's code that has matrix products."""
+    lines, labels, counts = sass.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if label := _LABEL.match(line):
+            labels[label[1]] = number
+        branch = re.search(r"\bBRA (\w+)", line)
+        if branch is None or branch[1] not in labels:
+            continue
+        loop = lines[labels[branch[1]] : number]
+        if any("HGMMA" in x for x in loop):
+            counts.append(sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in loop))
+    return counts

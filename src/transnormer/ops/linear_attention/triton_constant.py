@@ -149,11 +149,11 @@ def select(kind, a, b, c):
     return tl.where(kind == 0, a, tl.where(kind == 1, b, c))
 
 
-@triton.jit(do_not_specialize=["T", "L", "SEGMENTS", "H", "G"])
+@triton.jit(do_not_specialize=["out_heads", "T", "L", "SEGMENTS", "H", "G"])
 def backward_kernel(
     q, k, v, do, log_decay, entry, grad_entry, dq, dk, dv, d_initial, d_gates, chunk_states, table,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    out_token, T, L, SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
+    out_heads, T, L, SEGMENTS, H, G, scale, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
     COUNT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr, ENTRY: tl.constexpr, GRAD_ENTRY: tl.constexpr, D_INITIAL: tl.constexpr,
     D_GATES: tl.constexpr, DECAY: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
@@ -164,8 +164,8 @@ def backward_kernel(
 
     The programs of one unit and head lie side by side: those of k and v walk the same tokens of q
     and do at the same time, so that one of them finds them in the L2 cache. k's and v's gradients
-    are written for each query head. Tokens of dq, dk and dv, heads side by side, lie out_token
-    apart. D and E are the dims of the sweeps: (V, K) for q's and k's,
+    are written for each query head. Tokens of dq, dk and dv, heads side by side, lie out_heads heads
+    apart: of a multiple of E the compiler makes addresses that fit in registers. D and E are the dims of the sweeps: (V, K) for q's and k's,
     (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states. GRAD_ENTRY is
     of grad_entry what ENTRY is of entry, for a walk against the order.
 
@@ -196,8 +196,7 @@ def backward_kernel(
     k_at = k + row * k_batch + at * k_token + kv_head * k_head
     v_at = v + row * v_batch + at * v_token + kv_head * v_head
     do_at = do + row * do_batch + at * do_token + query_head * do_head
-    out_token = tl.cast(out_token, tl.int64)
-    out_at = (row * T + at) * out_token + query_head * E
+    out_at = (row * T + at) * out_heads + query_head
     q_token, k_token = (
         tl.cast(q_token, tl.int64) * direction,
         tl.cast(k_token, tl.int64) * direction,
@@ -208,7 +207,7 @@ def backward_kernel(
     a = select(kind, do_at, v_at, k_at)
     b = select(kind, v_at, do_at, q_at)
     c = select(kind, k_at, q_at, do_at)
-    o = select(kind, dq, dk, dv) + out_at
+    o = select(kind, dq, dk, dv) + out_at * E
     a_token = select(kind, do_token, v_token, k_token)
     b_token = select(kind, v_token, do_token, q_token)
     c_token = select(kind, k_token, q_token, do_token)
@@ -235,7 +234,7 @@ def backward_kernel(
     row_scale, key_scale, shift = scale, 1.0, 0
     if kind != 0:
         row_scale, key_scale, shift = 1.0, scale, 1
-    o_token = out_token * direction
+    o_token = tl.cast(out_heads, tl.int64) * E * direction
     if DECAY == "gates":
         AGAINST: tl.constexpr = FIRST > 0
         sums = log_decay + ((row * kv_heads + kv_head) * T + at) * PARTS

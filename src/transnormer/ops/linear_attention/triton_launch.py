@@ -270,7 +270,8 @@ def backward(
     """Gradients of q, k, v, log_decay and initial_state (the last two empty where not asked for).
 
     ``into``: where those of q, k and v are written, for as many kv heads as heads and equal dims:
-    rows whose tokens lie one stride apart in all three and over the batch, heads side by side.
+    rows whose tokens lie a number of heads apart, one in all three and over the batch, heads side by
+    side.
     ``states``: those of ``forward_and_states`` with the same initial_state and exchange, or neither;
     without, they are made again.
     ``exchange``: the tokens are a part of longer rows. It takes the gradient that they alone give the
@@ -334,14 +335,15 @@ def _sweeps(
         call.table,
     )  # fmt: skip
     for first, count in launches:
-        out_token = (dv if first == 2 else dq).stride(walk)
+        out, dim = (dv, value_dim) if first == 2 else (dq, key_dim)
+        out_heads = out.stride(walk) // dim
 
-        def rest(first: int = first, count: int = count, out_token: int = out_token) -> Any:
+        def rest(first: int = first, count: int = count, out_heads: int = out_heads) -> Any:
             dims = (key_dim, value_dim) if first == 2 else (value_dim, key_dim)
             tiles = form.sweep_tiles(*dims, backward=True)
             programs = count * form.plan.units * form.heads * -(-dims[1] // tiles.value_block)
             strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3]
-            numbers = *strides, out_token, *form.cut, form.heads, form.groups, form.scale
+            numbers = *strides, out_heads, *form.cut, form.heads, form.groups, form.scale
             constants = {
                 "K": key_dim, "V": value_dim, "FIRST": first, "COUNT": count, "D": dims[0],
                 "E": dims[1], "C": tiles.chunk, "BD": tiles.key_block, "BE": tiles.value_block,
@@ -354,7 +356,7 @@ def _sweeps(
             return backward_kernel, programs, numbers, constants
 
         kinds = entry[1], dtype_of(entry[0]), grad_entry[1], dtype_of(grad_entry[0])
-        sides = do.stride(), do.dtype, out_token, dq.dtype, with_initial, d_gates is not None
+        sides = do.stride(), do.dtype, out_heads, dq.dtype, with_initial, d_gates is not None
         form.launch(("backward", first, *kinds, *sides), given, rest)
     return dq, dk, dv
 
