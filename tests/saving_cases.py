@@ -83,23 +83,23 @@ def write_and_read(group: dist.ProcessGroup, folder: Path) -> list[str]:
     return wrong
 
 
-def write_broken(group: dist.ProcessGroup, folder: Path) -> str:
-    """Write while the third rank's disk refuses; what this rank is told."""
+def write_broken(group: dist.ProcessGroup, folder: Path, why: Exception) -> tuple[str, str]:
+    """Write while that happens to the third rank; what this rank is told: type and text."""
     shares = {n: share_of(x) for n, x in laid_out(whole_tensors()).items() if n != "fused"}
     whole = os.pwrite
 
     def refuse(*args: object) -> int:
-        raise OSError(28, "No space left on device")
+        raise why
 
     if dist.get_rank() == 2:
         os.pwrite = refuse
     try:
         saving.save_shares(shares, folder, "model", group)
-    except OSError as error:
-        return str(error)
+    except Exception as error:
+        return type(error).__name__, str(error)
     finally:
         os.pwrite = whole
-    return ""
+    return "", ""
 
 
 def staged_while_it_trains(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from decoder_cases import tnl_config
 from ranks import Ranks
 from safetensors.torch import load_file
@@ -17,6 +18,8 @@ from saving_cases import (
 from train_cases import tiny_run
 
 from transnormer.models import checkpoint, tensor_files
+from transnormer.parallel.save_shares import save_shares
+from transnormer.parallel.shares import Share
 from transnormer.train.checkpoints import list_checkpoints
 
 
@@ -33,9 +36,25 @@ def test_shares_of_any_layout_make_the_files_of_whole_tensors(ranks: Ranks, tmp_
         assert torch.equal(found[name], x)
 
 
-def test_a_disk_that_refuses_one_rank_is_an_error_of_all(ranks: Ranks, tmp_path: Path) -> None:
-    told = ranks.run(4, write_broken, tmp_path)
-    assert all("rank 2" in text and "No space left on device" in text for text in told)
+@pytest.mark.parametrize(
+    ("why", "kind"),
+    [(OSError(28, "No space left on device"), "OSError"), (KeyError("a name"), "RuntimeError")],
+)
+def test_what_happens_to_one_rank_is_an_error_of_all(
+    ranks: Ranks, tmp_path: Path, why: Exception, kind: str
+) -> None:
+    # A disk's error alone ends a run as one: with the advice to make room.
+    for name, text in ranks.run(4, write_broken, tmp_path, why):
+        assert name == kind
+        assert "rank 2: " in text
+        assert str(why.args[-1]) in text
+
+
+def test_a_dtype_that_files_do_not_hold_is_named(tmp_path: Path) -> None:
+    share, alone = Share(torch.Size([2]), torch.complex64, []), dist.group.WORLD
+    with pytest.raises(TypeError, match=r"^phases is torch\.complex64; expected float64, "):
+        save_shares({"phases": share}, tmp_path, "model", alone)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_written_is_what_was_staged(ranks: Ranks, tmp_path: Path) -> None:

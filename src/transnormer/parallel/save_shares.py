@@ -77,7 +77,13 @@ def save_shares(
     Raises:
         OSError: some rank cannot write, on all ranks.
         ValueError: the pieces are not the whole tensors.
+        TypeError: a dtype that files of tensors do not hold.
+        RuntimeError: whatever else went wrong on a rank, on all of them.
     """
+    for name, share in shares.items():
+        if share.dtype not in _DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise TypeError(f"{name} is {share.dtype}; expected {known}; convert it")
     try:
         dcp.save(
             dict(shares),
@@ -87,8 +93,10 @@ def save_shares(
         )
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        kind = type(cause) if isinstance(cause, ValueError) else OSError
-        raise kind(f"rank {rank}: {cause}") from error
+        if isinstance(cause, OSError):
+            raise OSError(f"rank {rank}: {cause}") from error
+        kind = ValueError if isinstance(cause, ValueError) else RuntimeError
+        raise kind(f"rank {rank}: {cause!r}") from error
 
 
 def _planner() -> SavePlanner:
