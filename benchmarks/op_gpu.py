@@ -237,7 +237,8 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
         merged |= {part: result[part] | {"run": index} for part in PARTS if part in result}
     order = [row.name for row in (*ATTENTION_ROWS, *DTYPE_ROWS)]
     merged["rows"] = sorted(rows.values(), key=lambda row: order.index(row["row"]))
-    merged |= {"runs": runs, "limits": runs[0]["limits"]}
+    limits = next((run_["limits"] for run_ in runs if "limits" in run_), {})
+    merged |= {"runs": runs, "limits": limits}
     merged["failures"] = [failure for run_ in runs for failure in run_["failures"]]
     merged["wall_s"] = sum(run_["wall_s"] for run_ in runs)
     merged["summary"] = summarise(merged["rows"])
@@ -337,7 +338,7 @@ def main() -> int:
         merged = merge(parts)
         show(merged)
         harness.publish(merged, options.output, SHORT)
-        return 0
+        return 1 if merged["failures"] else 0
     torch.manual_seed(0)
     result: dict[str, Any] = {
         "benchmark": "op_gpu",
@@ -350,10 +351,13 @@ def main() -> int:
         result["dry_run"] = "toy sizes on a CPU: the numbers mean nothing"
     started = time.monotonic()
 
+    # Beside the result, whose place a run that is killed does not take.
+    aside = options.output.with_suffix(".unfinished.json")
+
     def keep() -> None:
         result["wall_s"] = time.monotonic() - started
         result["summary"] = summarise(result["rows"])
-        harness.write(result, options.output)
+        harness.write(result | {"failures": [*result["failures"], "not finished"]}, aside)
 
     try:
         run(options, result, keep)
@@ -362,7 +366,12 @@ def main() -> int:
         result["failures"].append(f"the run ended early: {error_text(error)}")
     keep()
     show(result)
+    if not result["rows"] and not any(part in result for part in PARTS):
+        aside.unlink()
+        print(f"nothing was measured; {options.output} is as it was")
+        return 1
     harness.publish(result, options.output, SHORT)
+    aside.unlink()
     return 1 if result["failures"] else 0
 
 

@@ -246,9 +246,14 @@ def test_an_interrupted_run_of_op_gpu_keeps_its_rows(
 
     def run_row(row: Any, *others: Any) -> dict[str, Any]:
         done.append(row.name)
+        if len(done) > 2:
+            raise KeyboardInterrupt
         if len(done) == 2:
-            # It is on the disk by now, should the process be killed.
-            assert [kept["row"] for kept in json.loads(output.read_text())["rows"]] == names[:1]
+            # It is on the disk by now, should the process be killed, and says so.
+            kept = json.loads(output.with_suffix(".unfinished.json").read_text())
+            assert [row["row"] for row in kept["rows"]] == names[:1]
+            assert kept["failures"][-1] == "not finished"
+            assert not output.exists()
             raise KeyboardInterrupt
         return {"error": "none was made", "peers": {}, "seconds": 0.0}
 
@@ -259,6 +264,10 @@ def test_an_interrupted_run_of_op_gpu_keeps_its_rows(
     result = json.loads(output.read_text())
     assert [row["row"] for row in result["rows"]] == names[:1]
     assert result["failures"][-1] == "the run ended early: KeyboardInterrupt: "
+    # One that measures nothing leaves that as it is.
+    assert op_gpu.main() == 1
+    assert json.loads(output.read_text()) == result
+    assert [path.name for path in tmp_path.iterdir()] == ["op.json"]
 
 
 def test_runs_of_different_rows_become_one_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,10 +140,16 @@ def test_a_second_signal_leaves_the_wait_for_a_checkpoint_to_the_next_run(
     with pytest.raises(KeyboardInterrupt):
         run_training(tiny_run(tmp_path, "train.save_every=2"), progress=Interrupt())
     assert list_checkpoints(tmp_path / "run") == []
+
+    class Waits(Notes):
+        def message(self, text: str) -> None:
+            super().message(text)
+            if text.startswith("waiting for the checkpoint"):
+                release.set()
+
     # The process goes on all the same, and to the same directory, while the checkpoint is written.
-    threading.Timer(0.3, release.set).start()
-    notes = Notes()
-    run_training(tiny_run(tmp_path, "train.save_every=2"), resume=True, progress=notes)
+    notes, config = Waits(), tiny_run(tmp_path, "train.save_every=2", "train.steps=3")
+    run_training(config, resume=True, progress=notes)
     assert any(text.endswith("step_00000002") for text in notes.messages)
 
 

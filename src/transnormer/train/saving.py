@@ -4,21 +4,45 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from transnormer.train.sync import GradSync
 
-# Writings that runs of this process left under way when they were told to end at once.
-_left: set[threading.Thread] = set()
+
+class _Writing(threading.Thread):
+    """A checkpoint being written to a run's directory.
+
+    A daemon, so that the interpreter does not wait for it where ``Saver.close`` does not.
+    """
+
+    def __init__(self, write: Callable[[], object], run_dir: Path) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.run_dir = run_dir.resolve()
+        self.error: Exception | None = None
+        # To be waited for: an interrupted join of Python 3.11 takes the thread for ended.
+        self.ended = threading.Event()
+        self._write = write
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.ended.set()
 
 
-def wait_for_left_writings() -> None:
-    """Wait for what earlier runs of this process still write: it may be in the next one's directory.
+def wait_for_left_writing(run_dir: Path, tell: Callable[[str], None]) -> None:
+    """Wait for what an earlier run of this process still writes to the directory.
 
     In a notebook a run that Ctrl-C ended may be resumed by the same process, before its last
     checkpoint has its name.
     """
-    while _left:
-        _left.pop().join()
+    for thread in threading.enumerate():
+        if isinstance(thread, _Writing) and thread.run_dir == run_dir.resolve():
+            if not thread.ended.is_set():
+                tell(f"waiting for the checkpoint that an earlier run still writes to {run_dir}")
+            thread.ended.wait()
 
 
 class Saver:
@@ -29,16 +53,16 @@ class Saver:
     before a signal ends it.
     """
 
-    def __init__(self, sync: GradSync, tell: Callable[[str], None]) -> None:
+    def __init__(self, sync: GradSync, tell: Callable[[str], None], run_dir: Path) -> None:
         """Nothing is under way.
 
         Args:
             sync: of the run.
             tell: is told once where checkpoints follow each other faster than they are written.
+            run_dir: of the run.
         """
-        self._sync, self._tell = sync, tell
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._sync, self._tell, self._run_dir = sync, tell, run_dir
+        self._thread: _Writing | None = None
         self._polled: float | None = None
         # Seconds from one step to the next, the shortest so far.
         self._step = float("inf")
@@ -47,15 +71,7 @@ class Saver:
     def start(self, write: Callable[[], object]) -> None:
         """Begin a writing; the one before must have been drained."""
         assert self._thread is None
-
-        def run() -> None:
-            try:
-                write()
-            except Exception as error:
-                self._error = error
-
-        # A daemon, so that the interpreter does not wait for it either where ``close`` does not.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread = _Writing(write, self._run_dir)
         self._thread.start()
 
     def poll(self) -> None:
@@ -65,7 +81,7 @@ class Saver:
             self._step = min(self._step, now - self._polled)
         self._polled = now
         thread = self._thread
-        if thread is not None and not self._sync.highest(thread.is_alive()):
+        if thread is not None and not self._sync.highest(not thread.ended.is_set()):
             self.drain()
 
     def make_room(self, step: int, every: int) -> None:
@@ -90,20 +106,17 @@ class Saver:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        thread.ended.wait()
+        if thread.error is not None:
+            raise thread.error
 
     def close(self) -> None:
         """Wait for the writing under way after another error; its own is then not raised.
 
         A process that is told to end at once does not wait: what is half written is no checkpoint.
-        Should it go on all the same, its next run does (``wait_for_left_writings``).
+        Should it go on all the same, its next run does (``wait_for_left_writing``).
         """
         kind = sys.exc_info()[0]
         if self._thread is not None and (kind is None or issubclass(kind, Exception)):
-            self._thread.join()
-        elif self._thread is not None:
-            _left.add(self._thread)
+            self._thread.ended.wait()
         self._thread = None

@@ -44,7 +44,7 @@ from transnormer.train.profiling import ProfileConfig, StepProfiler
 from transnormer.train.recipe import RunConfig
 from transnormer.train.result import StoppedBy, TrainResult
 from transnormer.train.run_directory import DATA, disk_errors_in_one_line, write_config
-from transnormer.train.saving import Saver, wait_for_left_writings
+from transnormer.train.saving import Saver, wait_for_left_writing
 from transnormer.train.signals import Stop, stop_requests, termination_raises
 from transnormer.train.staging import read_step
 from transnormer.train.sync import GradSync
@@ -84,12 +84,12 @@ def run_training(
             there, another process is training in the directory, or the launcher's variables are
             wrong.
     """
-    wait_for_left_writings()
     device = choose_device(config.train.device)
     if sync is None:
         sync, device = join_processes(config, device)
     progress = (sync.is_first and progress) or Quiet()
     run_dir = Path(config.output.dir)
+    wait_for_left_writing(run_dir, progress.message)
     with (
         termination_raises(progress.message),
         disk_errors_in_one_line(run_dir),
@@ -141,7 +141,7 @@ class Trainer:
         profile = config.profile if sync.is_first else ProfileConfig()
         self.profiler = StepProfiler(profile, run_dir, device, progress.message)
         self.records: Records | NoRecords | None = None
-        self.saver = Saver(sync, progress.message)
+        self.saver = Saver(sync, progress.message, run_dir)
 
     def start(self, *, resume: bool) -> None:
         """Restore the newest whole checkpoint, or begin at step 0; say which."""
