@@ -1,6 +1,7 @@
 """Launches that are prepared once give what launches through Triton's JIT give, bit for bit."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -92,6 +93,34 @@ def test_later_calls_are_those_of_the_jit(
     for given in (*inputs, *inputs):
         expected = through_the_jit(monkeypatch, lambda given=given: work(given))
         assert_same(work(given), expected)
+
+
+@pytest.mark.parametrize("seq", [700, 16_384], ids=["one", "segments"])
+@pytest.mark.parametrize("decay", ["constant", "gates"])
+def test_variants_of_one_form_are_those_of_the_jit(
+    monkeypatch: pytest.MonkeyPatch, decay: str, seq: int
+) -> None:
+    inputs = make(
+        seq=seq, heads=2, kv_heads=2, dims=(64, 64), rows=1, decay=decay, with_state=True
+    )  # fmt: skip
+    do = torch.randn_like(inputs.v)
+
+    def work(with_state: bool, with_decay: bool, given: str) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        leaves[3].requires_grad_(with_decay)
+        outputs = linear_attention(*leaves[:4], initial_state=leaves[4] if with_state else None)
+        grads = {
+            "both": [do, torch.ones_like(outputs[1])],
+            "state": [None, torch.ones_like(outputs[1])],
+            "turned": [do.transpose(1, 2).contiguous().transpose(1, 2), None],
+            "one": [do[:, :1].expand_as(do), None],
+        }[given]
+        given_to = [pair for pair in zip(outputs, grads) if pair[1] is not None]
+        torch.autograd.backward(*map(list, zip(*given_to)))
+        return [*(x.detach() for x in outputs), *(x.grad for x in leaves if x.grad is not None)]
+
+    for how in 2 * list(product((False, True), (False, True), ("both", "state", "turned", "one"))):
+        assert_same(work(*how), through_the_jit(monkeypatch, lambda how=how: work(*how)))
 
 
 def test_a_stream_of_its_own_is_the_one_that_launches() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +80,28 @@ class Named(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
+class Counted:
+    """Counts the calls of the op itself, through the dispatcher."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __enter__(self) -> "Counted":
+        function = SCALED.__closure__[[*SCALED.__code__.co_freevars].index("op")]
+        self._op = function.cell_contents
+
+        def op(*inputs: Any) -> Any:
+            self.calls += 1
+            return self._op(*inputs)
+
+        self._cell = function
+        function.cell_contents = op
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cell.cell_contents = self._op
+
+
 def assert_equal(x: Tensor | None, values: list[float]) -> None:
     assert x is not None
     assert x.tolist() == values
@@ -132,8 +155,13 @@ def test_functions_of_torch_are_seen_by_modes_and_classes() -> None:
     assert any("test_scaled" in name for name in Named.seen)
 
 
-def test_profilers_see_the_op() -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+@pytest.mark.parametrize("threads", [False, True])
+def test_profilers_see_the_op(threads: bool) -> None:
+    from torch._C._profiler import _ExperimentalConfig
+
+    config = _ExperimentalConfig(profile_all_threads=threads)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=config) as profile:
         SCALED(torch.ones(3), None, 2.0)
     assert "transnormer::test_scaled" in {event.key for event in profile.key_averages()}
 
@@ -159,10 +187,42 @@ def test_transforms_see_the_op() -> None:
     assert torch.equal(y, torch.full((2, 3), 2.0))
 
 
+def test_gradients_come_in_batches() -> None:
+    # By the first vmap, whose tensors are of torch's own class.
+    x = torch.randn(3, requires_grad=True)
+    (grads,) = torch.autograd.grad(SCALED(x, None, 2.0), x, torch.eye(3), is_grads_batched=True)
+    assert torch.equal(grads, 2 * torch.eye(3))
+
+
+# Of torch's own, where derivatives in forward mode begin.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_what_has_a_tangent_goes_to_the_dispatcher() -> None:
+    with Counted() as counted, forward_ad.dual_level():
+        SCALED(forward_ad.make_dual(torch.ones(3), torch.ones(3)), None, 2.0)
+    assert counted.calls == 1
+    with Counted() as counted:
+        SCALED(torch.ones(3), None, 2.0)
+    assert counted.calls == 0
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_of_inference_go_the_short_way(inference: bool) -> None:
+    with Counted() as counted, torch.inference_mode(inference):
+        SCALED(torch.ones(3), None, 2.0)
+        SCALED(torch.ones(4)[1:], torch.ones(3), 2.0)
+    assert counted.calls == 0
+
+
 def test_a_tensor_without_values_gives_one() -> None:
     y = SCALED(torch.ones(3, device="meta", requires_grad=True), None, 2.0)
     assert y.is_meta
     assert y.requires_grad
+
+
+def test_zeros_without_memory_and_wrapped_tensors_count() -> None:
+    assert_equal(SCALED(torch._efficientzerotensor(3), None, 2.0), [0.0, 0.0, 0.0])
+    wrapped = SCALED(torch._to_functional_tensor(torch.ones(3)), None, 2.0)
+    assert_equal(torch._from_functional_tensor(wrapped), [2.0, 2.0, 2.0])
 
 
 def test_a_sign_that_is_not_in_memory_yet_counts() -> None:

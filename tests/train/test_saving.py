@@ -1,6 +1,8 @@
 """Checkpoints of one process, written beside the training."""
 
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,8 @@ from transnormer.train.checkpoints import (
     what_is_wrong,
     write_checkpoint,
 )
-from transnormer.train.saving import Saver
+from transnormer.train.saving import Saver, wait_for_left_writing
+from transnormer.train.sync import OneProcess
 
 
 class Gate(Notes):
@@ -151,6 +154,31 @@ def test_a_second_signal_leaves_the_wait_for_a_checkpoint_to_the_next_run(
     notes, config = Waits(), tiny_run(tmp_path, "train.save_every=2", "train.steps=3")
     run_training(config, resume=True, progress=notes)
     assert any(text.endswith("step_00000002") for text in notes.messages)
+
+
+def test_an_interrupted_wait_leaves_the_wait_to_the_next_run(tmp_path: Path) -> None:
+    release, told, written = threading.Event(), [], []
+
+    def write() -> None:
+        assert release.wait(60)
+        written.append(True)
+
+    def tell(text: str) -> None:
+        told.append(text)
+        release.set()
+
+    saver = Saver(OneProcess(), told.append, tmp_path)
+    saver.start(write)
+    for wait in (saver.drain, lambda: wait_for_left_writing(tmp_path, lambda text: None)):
+        interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    wait_for_left_writing(tmp_path / "another", tell)
+    assert not told
+    wait_for_left_writing(tmp_path, tell)
+    assert written
+    assert told == [f"waiting for the checkpoint that an earlier run still writes to {tmp_path}"]
 
 
 def test_the_memory_of_checkpoints_is_there_after_the_first_step(

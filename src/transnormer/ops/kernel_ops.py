@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad, profiler
 
 from transnormer.ops.kernel_devices import why_not_named
 
@@ -161,13 +162,27 @@ def _with_gradients(
     return run
 
 
+@cache
+def _are_plain_keys(keys: int, device: torch.device) -> bool:
+    """Whether dispatch keys are those of a tensor that lies in the device's memory as it is."""
+    if device.type == "meta":
+        return False
+    plain = [torch.empty(0, device=device)]
+    with torch.inference_mode():
+        plain.append(torch.empty(0, device=device))
+    return keys in [torch._C._dispatch_keys(x).raw_repr() for x in plain]
+
+
 def _are_plain(inputs: Sequence[Any]) -> bool:
-    """Whether a kernel takes the inputs as they are."""
+    """Whether a kernel takes the inputs as they are: the dispatcher does more with all others.
+
+    It makes tensors without memory (meta, zeros that are none), signs of views of complex numbers, batches of
+    the first vmap, and what C++ wraps, which are of torch's own class too.
+    """
     for x in inputs:
         kind = type(x)
         if kind is Tensor or kind is nn.Parameter:
-            # The dispatcher alone knows what has no values, and gives views of complex numbers their sign.
-            if x.is_meta or x.is_neg():
+            if not _are_plain_keys(torch._C._dispatch_keys(x).raw_repr(), x.device):
                 return False
         elif isinstance(x, Tensor):
             return False
@@ -183,7 +198,9 @@ def _short_way(
     """Call the op, but past torch's dispatcher where nobody watches it.
 
     The dispatcher brings a call into Python twice, which costs the host more than the function itself.
-    Compilers, tracers, modes, profilers, transforms and tensors of other classes see the op.
+    Compilers, tracers, modes, torch.profiler, transforms, derivatives in forward mode and tensors of
+    other classes see the op. An ExecutionTraceObserver alone, which nobody can ask for, does not. Inputs are not
+    converted to the schema's types.
     """
     function = _function(op._opname, lambda _, *inputs: run(*inputs), setup_context, gradients)
 
@@ -195,6 +212,8 @@ def _short_way(
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state() is not None
             or torch.autograd._profiler_enabled()
+            or profiler._is_profiler_enabled
+            or forward_ad._current_level >= 0
             or not _are_plain(inputs)
         ):
             return op(*inputs)

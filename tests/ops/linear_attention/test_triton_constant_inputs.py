@@ -147,6 +147,12 @@ def test_log_decay_may_have_a_dtype_of_its_own(dtype: torch.dtype) -> None:
     assert torch.equal(actual[5], exact[5].to(dtype))
 
 
+def test_reverse_is_what_is_true() -> None:
+    inputs = make_inputs(20, batch=1, heads=1)
+    assert_same(results(inputs, reverse=2), results(inputs, reverse=True))
+    assert_same(results(inputs, reverse=0), results(inputs, reverse=False))
+
+
 def test_runs_repeat_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     force_segments(monkeypatch, 64)
     inputs = make_inputs(130, batch=1, heads=2, kv_heads=1, state_rows=1)

@@ -1,5 +1,7 @@
 """Launches that are prepared once: which calls share them, and what they then hand to the kernel."""
 
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -132,3 +134,102 @@ def test_calls_share_a_form_only_where_all_is_equal(monkeypatch: pytest.MonkeyPa
     assert len({id(made) for made in forms}) == 1 + len(OTHERS)
     assert form_of(**inputs()) is forms[0]
     assert form_of(**inputs(q=torch.ones(1, 70, 2, 16, dtype=torch.bfloat16))) is forms[0]
+
+
+def strided(x: Tensor, draw: random.Random) -> Tensor:
+    """Zeros of x's shape with strides of one kind or another."""
+    batch, seq, heads, dim = x.shape
+    return draw.choice([
+        lambda: x,
+        lambda: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda: x.new_zeros(2 * batch, seq, heads, dim)[::2],
+        lambda: x[:, :1].expand_as(x),
+        lambda: x.new_zeros(batch, seq, heads, dim + 16)[..., :dim],
+        lambda: x.new_zeros(batch, seq, 2 * heads, dim)[:, :, ::2],
+    ])()  # fmt: skip
+
+
+def any_call(draw: random.Random) -> None:
+    """A call of one of some forms, with all that a form leaves open."""
+    from transnormer.ops.linear_attention import triton_launch
+
+    batch, kv_heads, key_dim, dtype = 1, 2, 16, torch.bfloat16
+    seq, groups = draw.choice([1, 70, 4096]), draw.choice([1, 1, 2])
+    value_dim = draw.choice([key_dim, key_dim, 32])
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    def state() -> Tensor | None:
+        made = zeros(sequences, kv_heads, key_dim, value_dim, dtype=torch.float32)
+        return made if draw.random() < 0.5 else None
+
+    heads = kv_heads * groups
+    q, k = zeros(batch, seq, heads, key_dim), zeros(batch, seq, kv_heads, key_dim)
+    v = zeros(batch, seq, kv_heads, value_dim)
+    do = strided(
+        zeros(batch, seq, heads, value_dim, dtype=draw.choice([dtype, torch.float32])), draw
+    )
+    gates = zeros(batch, seq, kv_heads, dtype=draw.choice([dtype, torch.float32]))
+    log_decay = draw.choice([
+        None, zeros(kv_heads, dtype=torch.float32), zeros(kv_heads), gates,
+        zeros(batch, kv_heads, seq).mT,
+    ])  # fmt: skip
+    bounds, sequences = None, batch
+    if draw.random() < 0.3:
+        bounds, sequences = torch.tensor([0, draw.randint(0, seq), seq]), 2
+    form = bounds, 0.5, draw.random() < 0.5
+    wanted = draw.random() < 0.5, draw.random() < 0.5
+    kind = draw.choice(["forward", "backward", "into", "part"])
+    if kind == "forward":
+        triton_launch.forward(q, k, v, log_decay, state(), *form)
+    elif kind == "backward":
+        triton_launch.backward(do, state(), q, k, v, log_decay, state(), *form, *wanted)
+    elif kind == "into" and groups == 1 and key_dim == value_dim:
+        joint = zeros(batch, seq, draw.choice([3, 4]) * heads * key_dim)
+        parts = joint.unflatten(-1, (-1, key_dim)).split(heads, 2)
+        into = parts[0], parts[1], parts[2]
+        triton_launch.backward(
+            do, None, q, k, v, log_decay, None, *form, False, False, into=into
+        )  # fmt: skip
+    elif kind == "part" and bounds is None and groups == 1:
+        _, _, states = triton_launch.forward_and_states(
+            q, k, v, log_decay, None, *form, exchange=torch.zeros_like
+        )  # fmt: skip
+        triton_launch.backward(
+            do, None, q, k, v, log_decay, None, *form, *wanted, states=states,
+            exchange=torch.zeros_like,
+        )  # fmt: skip
+
+
+def test_launches_that_share_a_kernel_differ_in_tensors_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transnormer.ops.linear_attention import triton_form, triton_units
+
+    known: dict[Any, Any] = {}
+    repeated: Counter[str] = Counter()
+
+    class Form(triton_form.Form):
+        def __init__(self, key: Any) -> None:
+            super().__init__(key)
+            self.key = key
+
+        def launch(self, variant: Any, tensors: Any, rest: Any) -> None:
+            kernel, programs, numbers, constants = rest()
+            names = kernel.arg_names[len(tensors) + len(numbers) :]
+            assert set(names) <= set(constants)
+            typed = [(type(x), x) for x in numbers]
+            dtypes = [None if x is None else x.dtype for x in tensors]
+            made = programs, typed, constants, dtypes
+            repeated[kernel.fn.__name__] += (self.key, variant) in known
+            assert known.setdefault((self.key, variant), made) == made
+
+    monkeypatch.setattr(triton_form, "Form", Form)
+    monkeypatch.setattr(triton_units, "launch", lambda *_, **__: None)
+    draw = random.Random(0)
+    for _ in range(20_000):
+        any_call(draw)
+    kernels = "forward", "backward", "local_state", "carry", "gate_sums", "decay_gradient"
+    assert set(repeated) == {f"{name}_kernel" for name in kernels}
+    assert min(repeated.values()) > 100, repeated

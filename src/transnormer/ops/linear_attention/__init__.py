@@ -223,7 +223,7 @@ def linear_attention(
         "scale": scale,
         "initial_state": initial_state,
         "cu_seqlens": cu_seqlens,
-        "reverse": reverse,
+        "reverse": bool(reverse),
     }
     if not autocast:
         return row.run(q, k, v, log_decay, **arguments)

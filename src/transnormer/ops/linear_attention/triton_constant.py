@@ -165,8 +165,8 @@ def backward_kernel(
     The programs of one unit and head lie side by side: those of k and v walk the same tokens of q
     and do at the same time, so that one of them finds them in the L2 cache. k's and v's gradients
     are written for each query head. Tokens of dq, dk and dv, heads side by side, lie out_heads heads
-    apart: of a multiple of E the compiler makes addresses that fit in registers. D and E are the dims of the sweeps: (V, K) for q's and k's,
-    (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states. GRAD_ENTRY is
+    apart: of a multiple of E the compiler makes addresses that fit in registers. D and E are the dims
+    of the sweeps: (V, K) for q's and k's, (K, V) for v's. d_initial [sequences, H, K, V] is the gradient of the initial states. GRAD_ENTRY is
     of grad_entry what ENTRY is of entry, for a walk against the order.
 
     With gates q's gradient is a launch of its own, after the others. D_GATES: k's writes the

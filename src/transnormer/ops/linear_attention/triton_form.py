@@ -19,6 +19,8 @@ from transnormer.ops.linear_attention.triton_runtime import arithmetic, launch
 
 # Forms that are remembered; a length or a number of packed sequences more is a form more.
 _REMEMBERED = 1024
+# And launches of a form: their gradients may have any strides.
+_LAUNCHES = 64
 
 
 class Key(NamedTuple):
@@ -128,6 +130,8 @@ class Form:
         # The interpreter compiles nothing.
         if aligned and compiled is not None:
             names = kernel.arg_names[len(tensors) + len(numbers) :]
+            if len(self._launches) >= _LAUNCHES:
+                self._launches.clear()
             following = (*numbers, *(constants[name] for name in names))
             self._launches[variant] = Launch(compiled, (programs, 1, 1), following)
 
