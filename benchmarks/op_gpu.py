@@ -4,7 +4,8 @@ Compares transnormer.ops.linear_attention with flash-linear-attention, OpenNLPLa
 softmax attention, peers beside it in the same run; then packing, flatness, decoding and host time.
 Rows are checked against float64 before their times count. A peer that fails costs its own figures;
 a failure of ours is recorded and the exit code is 1. Prints tables; the last line is JSON and
-holds the verdicts, and benchmarks/results/op_gpu.json all figures.
+holds the verdicts, and benchmarks/results/op_gpu.json all figures, until the end
+op_gpu.unfinished.json beside it those there are.
 
     python benchmarks/op_gpu.py                     everything, about 5 minutes on an H100
     python benchmarks/op_gpu.py --rows quick        two shapes, decoding, host time

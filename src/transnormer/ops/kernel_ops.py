@@ -144,8 +144,8 @@ def _with_gradients(
 ) -> Callable[..., Any]:
     """The op's kernel for the key Autograd, as ``torch.library.register_autograd`` would make it.
 
-    That one looks at the schema at every call, a third of what a call with gradients cost the host. It is
-    for any op; this one is for ops without defaults, keyword arguments and lists of tensors.
+    That one looks at the schema at every call, since it is for any op; this one is for ops without
+    defaults, keyword arguments and lists of tensors. docs/kernels.md has what a call costs the host.
     """
 
     def below(keyset: Any, *inputs: Any) -> Any:
@@ -176,8 +176,8 @@ def _are_plain_keys(keys: int, device: torch.device) -> bool:
 def _are_plain(inputs: Sequence[Any]) -> bool:
     """Whether a kernel takes the inputs as they are: the dispatcher does more with all others.
 
-    It makes tensors without memory (meta, zeros that are none), signs of views of complex numbers, batches of
-    the first vmap, and what C++ wraps, which are of torch's own class too.
+    Of torch's own class are also tensors without memory (meta, zeros that are none), views of complex
+    numbers with another sign, batches of the first vmap, and what C++ wraps.
     """
     for x in inputs:
         kind = type(x)
@@ -199,8 +199,8 @@ def _short_way(
 
     The dispatcher brings a call into Python twice, which costs the host more than the function itself.
     Compilers, tracers, modes, torch.profiler, transforms, derivatives in forward mode and tensors of
-    other classes see the op. An ExecutionTraceObserver alone, which nobody can ask for, does not. Inputs are not
-    converted to the schema's types.
+    other classes see the op. An ExecutionTraceObserver alone, which nobody can ask for, does not.
+    Inputs are not converted to the schema's types.
     """
     function = _function(op._opname, lambda _, *inputs: run(*inputs), setup_context, gradients)
 

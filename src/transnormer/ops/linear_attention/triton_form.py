@@ -1,7 +1,7 @@
 """What calls of one form share: their cut, tiles and constants, and launches that are prepared once.
 
 A launch through Triton's JIT looks at every argument and option again, which takes the host longer
-than the driver: 26 us of 37 for the kernels here. A form is decided by all that the JIT would look
+than the driver does (docs/kernels.md has what a call costs). A form is decided by all that the JIT would look
 at, so the compiled kernel can be handed the next call's tensors at once.
 """
 
@@ -60,8 +60,7 @@ class Form:
     """Cut, tiles and constants of calls with equal keys."""
 
     def __init__(self, key: Key) -> None:
-        (q_shape, self.q_stride, self.dtype), (k_shape, self.k_stride, _) = key.q, key.k
-        v_shape, self.v_stride, _ = key.v
+        (q_shape, _, self.dtype), (k_shape, _, _), (v_shape, _, _) = key.q, key.k, key.v
         self.scale, self.reverse = key.scale, key.reverse
         self.batch, self.seq, self.kv_heads, self.key_dim = k_shape
         self.heads, self.value_dim = q_shape[2], v_shape[3]
